@@ -1,0 +1,42 @@
+# One virtual environment for everything; a target that needs it makes it.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+READY = $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint type bench results clean
+
+help:     ## show this help
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1: /' | awk -F': ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+install: $(READY) ## make the virtual environment with the pinned versions
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,report]"
+	touch $(READY)
+
+demo: $(READY) ## prune the embedded model by five methods and show what each cost (under 90 s)
+	$(BIN)/llmprune demo
+
+test: $(READY) ## run the test suite
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests
+
+lint: $(READY) ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+type: $(READY) ## mypy --strict
+	$(BIN)/mypy
+
+bench: $(READY) ## time pruning against a plain dense forward pass (about 15 minutes)
+	$(BIN)/python eval/bench_prune.py
+
+results: $(READY) ## prune and score the models of ../shared by every method (about 15 minutes)
+	$(BIN)/python eval/make_results.py
+
+clean:    ## remove the environment and all caches
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
