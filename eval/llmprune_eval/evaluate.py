@@ -1,0 +1,114 @@
+"""Perplexity, and with a dense reference the divergence from it, on the same tokens.
+
+Protocol of the pruning papers: texts joined, tokenised once, cut into non-overlapping windows; every
+window is scored from its second token on, with nothing before it; perplexity is exp of the mean over all
+scored tokens. It is not lm-eval's `wikitext` task, which scores words of detokenised documents.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from llmprune_eval.errors import InputError
+
+ROWS = 2048
+"""Tokens whose distributions are compared at a time: bounds the float32 copies of the logits."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured, in full precision.
+
+    Attributes:
+        perplexity: exp of the mean negative log-likelihood per scored token.
+        tokens: number of scored tokens.
+        windows: number of windows.
+        dense_perplexity: the reference's own, or None.
+        kl: mean over tokens of KL(dense || model) in nats, or None.
+        top1_agreement: share of tokens at which both models rank the same token first, or None.
+    """
+
+    perplexity: float
+    tokens: int
+    windows: int
+    dense_perplexity: float | None = None
+    kl: float | None = None
+    top1_agreement: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Only what was measured."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+
+@torch.no_grad()
+def evaluate(
+    model: PreTrainedModel, windows: Tensor, *, against: PreTrainedModel | None = None, batch_size: int = 8
+) -> Evaluation:
+    """Score token windows [n, seqlen] with `model` and compare with `against`.
+
+    Raises:
+        InputError: no window, or the logits are not finite.
+    """
+    if not len(windows):
+        raise InputError("there is no window to evaluate: give more text or a smaller --max-seq-length")
+    nll = dense_nll = kl = same = 0.0
+    with _evaluating(model), _evaluating(against):
+        for batch in tqdm(windows.split(batch_size), desc="evaluating", disable=None, leave=False):
+            labels = batch[:, 1:].flatten()
+            logits = _logits(model, batch)
+            dense = _logits(against, batch) if against is not None else None
+            if dense is not None and dense.shape != logits.shape:
+                raise InputError(
+                    f"the two models have vocabularies of {logits.shape[-1]} and {dense.shape[-1]}: "
+                    "--against must be the model that the other was pruned from"
+                )
+            for rows in torch.arange(len(labels)).split(ROWS):
+                own = F.log_softmax(logits[rows].float(), dim=-1)
+                wanted = labels[rows].to(own.device)
+                nll += F.nll_loss(own, wanted, reduction="sum").item()
+                if dense is not None:
+                    reference = F.log_softmax(dense[rows].float(), dim=-1).to(own.device)
+                    dense_nll += F.nll_loss(reference, wanted, reduction="sum").item()
+                    kl += (reference.exp() * (reference - own)).sum().item()
+                    same += (reference.argmax(-1) == own.argmax(-1)).sum().item()
+    tokens = windows[:, 1:].numel()
+    if not math.isfinite(nll):
+        raise InputError("the model's logits are not finite (NaN or infinity): try --dtype float32")
+    if against is None:
+        return Evaluation(_exp(nll / tokens), tokens, len(windows))
+    return Evaluation(_exp(nll / tokens), tokens, len(windows), _exp(dense_nll / tokens), kl / tokens, same / tokens)
+
+
+def _exp(mean: float) -> float:
+    """exp without OverflowError: a ruined model has a perplexity, if a useless one."""
+    return math.exp(mean) if mean < 700 else math.inf
+
+
+def _logits(model: PreTrainedModel, batch: Tensor) -> Tensor:
+    """[batch * (seqlen - 1), vocabulary]."""
+    device = next(model.get_input_embeddings().parameters()).device
+    output: Tensor = model(input_ids=batch.to(device), use_cache=False).logits
+    return output[:, :-1].flatten(0, 1)
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel | None) -> Iterator[None]:
+    """Eval mode for the time being, every module's own mode restored."""
+    training = [module for module in model.modules() if module.training] if model is not None else []
+    if model is not None:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

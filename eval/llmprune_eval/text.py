@@ -1,0 +1,212 @@
+"""Where text comes from, and how it becomes windows of tokens. Used to calibrate and to evaluate.
+
+A dataset is named in one of three ways: FILE (.txt, .jsonl with a field "text", .parquet with a column
+"text"), NAME (c4, wikitext2, or owner/name on the Hub), or NAME:FILE, which reads a local copy under the
+named dataset's protocol. Windows are always full; no padding.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmprune_eval.errors import InputError
+
+SUFFIXES = (".txt", ".jsonl", ".parquet")
+CHARACTERS_PER_TOKEN = 40
+"""Text is read until there are this many characters for each wanted token, and at least MINIMUM_CHARACTERS."""
+MINIMUM_CHARACTERS = 16_000_000
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How the papers use a dataset.
+
+    Attributes:
+        joiner: put between the texts before tokenising.
+        cuts: True if every window is a random cut of one text longer than the window, instead of a piece of
+            all texts joined.
+        lines: True if every line of a local .txt is one text (WikiText's own layout).
+        hub: arguments of datasets.load_dataset for "train" and "test", or None for a local file.
+    """
+
+    joiner: str = "\n"
+    cuts: bool = False
+    lines: bool = False
+    hub: dict[str, dict[str, Any]] | None = None
+
+
+NAMED = {
+    "c4": Protocol(
+        cuts=True,
+        hub={
+            "train": {
+                "path": "allenai/c4",
+                "data_files": {"train": "en/c4-train.00000-of-01024.json.gz"},
+                "split": "train",
+            },
+            "test": {
+                "path": "allenai/c4",
+                "data_files": {"validation": "en/c4-validation.00000-of-00008.json.gz"},
+                "split": "validation",
+            },
+        },
+    ),
+    "wikitext2": Protocol(
+        joiner="\n\n",
+        lines=True,
+        hub={
+            split: {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1", "split": split}
+            for split in ("train", "test")
+        },
+    ),
+}
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """An opened dataset: its texts, lazily, and the protocol that they are used by."""
+
+    name: str
+    protocol: Protocol
+    texts: Iterable[str]
+
+    def read(self, tokens: int) -> list[str]:
+        """Texts in order, enough for about `tokens` tokens; all of them where there are fewer."""
+        limit = max(MINIMUM_CHARACTERS, CHARACTERS_PER_TOKEN * tokens)
+        taken, characters = [], 0
+        for text in self.texts:
+            taken.append(text)
+            characters += len(text)
+            if characters >= limit:
+                break
+        if not any(text.strip() for text in taken):
+            raise InputError(f"{self.name} holds no text: give a file with text in it")
+        return taken
+
+    def describe(self) -> dict[str, Any]:
+        """For a result file."""
+        how = "random cuts of single texts" if self.protocol.cuts else "texts joined, then cut"
+        return {"dataset": self.name, "joiner": self.protocol.joiner, "windows": how}
+
+
+def open_text(spec: str, split: str) -> TextSource:
+    """Open FILE, NAME or NAME:FILE. `split` ("train" or "test") matters to Hub names only.
+
+    Raises:
+        InputError: it does not exist, cannot be read, or cannot be reached.
+    """
+    name, _, path = spec.partition(":")
+    if name in NAMED and path:
+        return TextSource(spec, NAMED[name], _read_file(Path(path), NAMED[name].lines))
+    if Path(spec).exists() or spec.endswith((*SUFFIXES, ".npy", ".json", ".csv")):
+        return TextSource(spec, Protocol(), _read_file(Path(spec), False))
+    if spec in NAMED:
+        hub = NAMED[spec].hub
+        assert hub is not None
+        return TextSource(spec, NAMED[spec], _read_hub(spec, hub[split]))
+    if "/" in spec and not spec.startswith((".", "/", "~")) and spec.count("/") == 1:
+        return TextSource(spec, Protocol(), _read_hub(spec, {"path": spec, "split": split}))
+    raise InputError(
+        f"dataset '{spec}' does not exist: give a {', '.join(SUFFIXES)} or .npy file, or one of "
+        f"{', '.join(NAMED)}, or owner/name on the Hub"
+    )
+
+
+def token_ids(tokenizer: Any, text: str) -> Tensor:
+    """Token ids [n] int64 of a text, with the special tokens that the tokenizer adds by itself."""
+    encoded = tokenizer(text, return_tensors="np", verbose=False)["input_ids"]
+    return torch.from_numpy(encoded[0]).long()
+
+
+def joined_windows(texts: Iterable[str], joiner: str, tokenizer: Any, length: int) -> Tensor:
+    """Join, tokenise once, cut into consecutive windows [n, length]; the rest at the end is dropped."""
+    ids = token_ids(tokenizer, joiner.join(texts))
+    count = len(ids) // length
+    return ids[: count * length].view(count, length)
+
+
+def _read_file(path: Path, lines: bool) -> Iterator[str]:
+    if not path.is_file():
+        raise InputError(f"dataset '{path}' does not exist or is no file: give a path to a {', '.join(SUFFIXES)} file")
+    if path.suffix not in SUFFIXES:
+        raise InputError(f"{path} is of an unknown kind: use {', '.join(SUFFIXES)}")
+    if path.stat().st_size == 0:
+        raise InputError(f"{path} is empty: give a file with text in it")
+    reader = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}[path.suffix]
+    return reader(path, lines)
+
+
+def _read_txt(path: Path, lines: bool) -> Iterator[str]:
+    try:
+        if not lines:
+            yield path.read_text(encoding="utf-8")
+            return
+        with path.open(encoding="utf-8") as file:
+            for line in file:
+                # The Hub's WikiText rows: a line with its line feed, an empty string for a blank one.
+                yield line if line.strip() else ""
+    except (UnicodeDecodeError, OSError) as error:
+        raise InputError(f"{path} cannot be read as UTF-8 text: {error}") from error
+
+
+def _read_jsonl(path: Path, lines: bool) -> Iterator[str]:
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                try:
+                    record = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise InputError(
+                        f"{path}, line {number} is broken JSON ({error.msg}): every line must be an object with a "
+                        'field "text"'
+                    ) from error
+                text = record.get("text") if isinstance(record, dict) else None
+                if not isinstance(text, str):
+                    raise InputError(
+                        f'{path}, line {number} has no string field "text": every line must look like {{"text": "..."}}'
+                    )
+                yield text
+    except (UnicodeDecodeError, OSError) as error:
+        raise InputError(f"{path} cannot be read as UTF-8 text: {error}") from error
+
+
+def _read_parquet(path: Path, lines: bool) -> Iterator[str]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+        if "text" not in file.schema_arrow.names:
+            raise InputError(f'{path} has no column "text" but {file.schema_arrow.names}: rename the column')
+        for batch in file.iter_batches(columns=["text"]):
+            yield from (str(text) for text in batch.column(0).to_pylist() if text is not None)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"{path} cannot be read as parquet: {error}") from error
+
+
+def _read_hub(name: str, arguments: dict[str, Any]) -> Iterator[str]:
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(**arguments, streaming=True)
+        for row in rows:
+            if not isinstance(row.get("text"), str):
+                raise InputError(f'{name} has no string column "text" but {sorted(row)}: export it to a .jsonl')
+            yield row["text"]
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        if isinstance(error, InputError):
+            raise
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"cannot get the dataset '{name}' from the Hub ({first}): without a network pass a local .txt, .jsonl, "
+            ".parquet or .npy file, or 'self'"
+        ) from error

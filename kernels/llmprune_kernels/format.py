@@ -1,0 +1,38 @@
+"""Does a weight matrix fit an n:m format, and if not, where is it broken?
+
+The check is on bits where it matters: -0.0 counts as a weight, because packed formats would store it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def violation(weight: Tensor, n: int, m: int) -> tuple[int, int] | None:
+    """The first (row, column) at which a group of m consecutive inputs holds more than n weights.
+
+    Args:
+        weight: [out, in].
+        n: weights that a group may hold, 0 < n < m.
+        m: group size.
+
+    Returns:
+        The row and the column where the first bad group starts, or None if the matrix obeys n:m.
+
+    Raises:
+        ValueError: m does not divide the number of inputs.
+    """
+    if weight.shape[1] % m:
+        raise ValueError(f"{weight.shape[1]} inputs cannot be cut into groups of {m}")
+    present = (weight != 0) | torch.signbit(weight)
+    too_many = present.view(len(weight), -1, m).sum(-1) > n
+    if not bool(too_many.any()):
+        return None
+    row, group = (int(i) for i in too_many.nonzero()[0])
+    return row, group * m
+
+
+def obeys(weight: Tensor, n: int, m: int) -> bool:
+    """True if every group of m consecutive inputs of `weight` [out, in] holds at most n weights."""
+    return weight.shape[1] % m == 0 and violation(weight, n, m) is None
