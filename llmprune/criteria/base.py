@@ -1,0 +1,87 @@
+"""What a method is: an expression that scores weights, and optionally a hook that also moves them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from llmprune.patterns import Pattern, Unstructured
+from llmprune.sites import Site
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """The outcome for one site.
+
+    Attributes:
+        weight: [out, in] float32, zero where pruned.
+        keep: bool [out, in], True = survives.
+        bias_shift: [out] float32 to be added to the bias, or None.
+        note: what the user should know about this site, or "".
+    """
+
+    weight: Tensor
+    keep: Tensor
+    bias_shift: Tensor | None = None
+    note: str = ""
+
+
+class Criterion(ABC):
+    """One pruning method. A subclass in its own file of this folder is found by itself.
+
+    Class attributes:
+        name: how users call it.
+        summary: one line for the list of methods.
+        source: paper or origin.
+        needs: statistics of the inputs, among "moments" and "gram"; empty means no calibration data.
+        group: which weights compete under an unstructured pattern: "row" or "matrix".
+        moves_bias: True if the method repairs the mean output through the bias, where the config can carry one.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    source: ClassVar[str]
+    needs: ClassVar[frozenset[str]] = frozenset({"moments"})
+    group: ClassVar[str] = "row"
+    moves_bias: ClassVar[bool] = False
+
+    def __init__(self, seed: int = 0) -> None:
+        """`seed` matters to methods that draw random numbers."""
+        self.seed = seed
+
+    def check(self, pattern: Pattern) -> None:  # noqa: B027 - a hook that most methods leave alone
+        """Raise InputError for a pattern this method cannot do."""
+
+    @abstractmethod
+    def score(self, site: Site) -> Tensor:
+        """[out, in] float32: higher survives."""
+
+    def prune(self, site: Site, pattern: Pattern) -> Pruned:
+        """Choose the survivors and, where the method moves the bias, compensate the mean.
+
+        bias_shift = (W_dense - W_new) mean(x), from the dense weights (arXiv 2503.22451).
+        """
+        dense = site.weight.float()
+        keep = pattern.keep(self.score(site), self.group)
+        weight = dense.masked_fill(~keep, 0.0)
+        if not self.compensates(site):
+            return Pruned(weight, keep, note="no bias to move" if self.wants_bias(site) else "")
+        assert site.statistics is not None and site.statistics.moments is not None
+        return Pruned(weight, keep, (dense - weight) @ site.statistics.moments.mean)
+
+    def wants_bias(self, site: Site) -> bool:
+        """True if the method would move this site's bias, if it had one."""
+        return self.moves_bias
+
+    def compensates(self, site: Site) -> bool:
+        """True if this site's bias is moved."""
+        return site.bias is not None and self.wants_bias(site)
+
+    def group_name(self, pattern: Pattern) -> str:
+        """Which weights compete, in words."""
+        if isinstance(pattern, Unstructured):
+            return pattern.group or self.group
+        return f"group of {pattern.m} inputs"

@@ -1,0 +1,90 @@
+"""SparseGPT: prune column by column, and let the columns still to come make up for each error."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llmprune.criteria.base import Criterion, Pruned
+from llmprune.errors import InputError
+from llmprune.gram import full_float32
+from llmprune.patterns import NM, Pattern, Unstructured
+from llmprune.sites import Site
+
+BLOCK = 128
+DAMPING = 0.01
+
+
+class SparseGPT(Criterion):
+    """Optimal brain surgeon in column order with lazy blocks. arXiv 2301.00774.
+
+    With U^T U = (G + damping)^-1, a column's error e = w_j / U_jj is spread over the later columns by the
+    row U_j. Unstructured sparsity is exact in every block of 128 columns over all rows; n:m groups are chosen on the
+    already updated weights.
+    """
+
+    name = "sparsegpt"
+    summary = "second-order pruning with weight update, column by column"
+    source = "Frantar and Alistarh, arXiv 2301.00774"
+    needs = frozenset({"gram"})
+
+    def check(self, pattern: Pattern) -> None:
+        """Its unstructured pattern is its own: blocks of columns."""
+        if isinstance(pattern, Unstructured) and pattern.group is not None:
+            raise InputError(
+                f"sparsegpt balances its sparsity over blocks of {BLOCK} columns, not per {pattern.group}: "
+                "use --pattern unstructured"
+            )
+
+    def group_name(self, pattern: Pattern) -> str:
+        """Which weights compete, in words."""
+        return f"block of {BLOCK} columns" if isinstance(pattern, Unstructured) else super().group_name(pattern)
+
+    def score(self, site: Site) -> Tensor:
+        """[out, in], W^2 / diag(U)^2 of the dense weights: the first decision, before any update."""
+        assert site.statistics is not None and site.statistics.gram is not None
+        U, _ = site.statistics.gram.inverse_factor(DAMPING)
+        return (site.weight.float() / U.diagonal()).square()
+
+    def prune(self, site: Site, pattern: Pattern) -> Pruned:
+        """Choose and update, block after block of columns."""
+        assert site.statistics is not None and site.statistics.gram is not None
+        gram = site.statistics.gram
+        try:
+            U, damping = gram.inverse_factor(DAMPING)
+        except InputError as error:
+            raise InputError(f"{site.name}: {error}") from error
+        W = site.weight.float().T.contiguous()  # [in, out]: a column of the paper is a contiguous row here
+        W[gram.matrix.diagonal() == 0] = 0.0
+        keep = torch.ones_like(W, dtype=torch.bool)
+        with full_float32():
+            for start, stop in _column_blocks(len(W), pattern):
+                errors = _prune_columns(W, keep, U, start, stop, pattern)
+                W[stop:] -= U[start:stop, stop:].T @ errors
+        note = "" if damping == DAMPING else f"damping {damping:g}"
+        return Pruned((W * keep).T, keep.T, note=note)
+
+
+def _column_blocks(width: int, pattern: Pattern) -> list[tuple[int, int]]:
+    """Column ranges of about BLOCK columns; groups of m never straddle two of them."""
+    size = BLOCK if isinstance(pattern, Unstructured) else max(BLOCK // pattern.m, 1) * pattern.m
+    return [(start, min(start + size, width)) for start in range(0, width, size)]
+
+
+def _prune_columns(W: Tensor, keep: Tensor, U: Tensor, start: int, stop: int, pattern: Pattern) -> Tensor:
+    """Prune columns [start, stop) of W [in, out] in place; returns their errors [stop - start, out]."""
+    block, kept, factor = W[start:stop], keep[start:stop], U[start:stop, start:stop]
+    diagonal = factor.diagonal().clone()
+    if isinstance(pattern, Unstructured):
+        scores = (block / diagonal[:, None]).square().T
+        kept.copy_(pattern.keep(scores, "matrix").T)
+    errors = torch.zeros_like(block)
+    for j in range(stop - start):
+        if isinstance(pattern, NM) and j % pattern.m == 0:
+            group = slice(j, j + pattern.m)
+            scores = (block[group] / diagonal[group, None]).square().T
+            kept[group] = pattern.keep(scores).T
+        error = block[j].masked_fill(kept[j], 0.0).div_(diagonal[j])
+        block[j:].addr_(factor[j, j:], error, alpha=-1)
+        errors[j] = error
+    return errors
