@@ -1,0 +1,201 @@
+"""Token windows for calibration, [n, seqlen], all full: from a file, a dataset, or the model itself.
+
+Also draws the windows on which the loss before and after pruning is measured; no window is in both.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from llmprune_eval.text import TextSource, joined_windows, open_text, token_ids
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from llmprune.config import PruneConfig
+from llmprune.errors import InputError
+
+log = logging.getLogger(__name__)
+
+DEFAULT_LENGTH = 2048
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Windows of tokens and where they came from.
+
+    Attributes:
+        windows: [n, seqlen] int64 to calibrate on.
+        holdout: [k, seqlen] int64, disjoint from `windows`; k may be 0.
+        origin: dataset, protocol and counts, for the manifest.
+    """
+
+    windows: Tensor
+    holdout: Tensor
+    origin: dict[str, Any] = field(default_factory=dict)
+
+    def describe(self) -> dict[str, Any]:
+        """Origin, sizes and the SHA-256 of the calibration tokens (int64, little endian, in order)."""
+        digest = hashlib.sha256(self.windows.numpy().astype("<i8").tobytes()).hexdigest()
+        count, length = self.windows.shape
+        return {**self.origin, "windows_used": count, "seqlen": length, "sha256": digest, "holdout": len(self.holdout)}
+
+
+def model_positions(model: PreTrainedModel) -> int | None:
+    """The longest sequence that the config announces, or None if it announces none."""
+    config = model.config.get_text_config(decoder=True)
+    for name in ("max_position_embeddings", "max_seq_len", "n_positions"):
+        value = getattr(config, name, None)
+        if isinstance(value, int):
+            return value
+    return None
+
+
+def window_length(model: PreTrainedModel, asked: int | None) -> int:
+    """Tokens per window: as asked, or min(2048, positions).
+
+    Raises:
+        InputError: more than the model has positions for.
+    """
+    positions = model_positions(model)
+    if asked is None:
+        return min(DEFAULT_LENGTH, positions or DEFAULT_LENGTH)
+    if positions is not None and asked > positions:
+        raise InputError(f"--max-seq-length {asked} exceeds the model's {positions} positions: use at most {positions}")
+    return asked
+
+
+def load_windows(config: PruneConfig, model: PreTrainedModel, tokenizer: Any | None) -> Calibration:
+    """The calibration and holdout windows that a config asks for.
+
+    Raises:
+        InputError: no dataset, no tokenizer for text, too little text, token ids outside the vocabulary.
+    """
+    spec = config.dataset
+    if spec is None:
+        raise InputError("no calibration data: pass --dataset FILE, a Hub name, or 'self'")
+    if spec.endswith(".npy"):
+        windows = _ready_windows(Path(spec), config)
+        window_length(model, windows.shape[1])
+        calibration = Calibration(windows, windows[:0], {"dataset": spec, "windows": "ready, in order"})
+    else:
+        length = window_length(model, config.max_seq_length)
+        wanted = config.num_calibration_samples + config.num_holdout_samples
+        if spec == "self":
+            windows, origin = _written_by_model(model, tokenizer, wanted, length, config), {"dataset": "self"}
+        else:
+            if tokenizer is None:
+                raise InputError(f"the model has no tokenizer to read {spec} with: pass ready token windows as .npy")
+            source = open_text(spec, "train")
+            windows, origin = _text_windows(source, tokenizer, wanted, length, config.seed), source.describe()
+        calibration = _split(windows, config, origin)
+    check_vocabulary(model, calibration.windows, spec)
+    return calibration
+
+
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """Rows of the input embedding."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    return len(weight)
+
+
+def check_vocabulary(model: PreTrainedModel, windows: Tensor, name: str) -> None:
+    """Raise InputError for token ids that the model has no embedding for."""
+    size = vocabulary_size(model)
+    if windows.numel() and (int(windows.max()) >= size or int(windows.min()) < 0):
+        raise InputError(
+            f"{name} holds token ids from {int(windows.min())} to {int(windows.max())}, but the model's vocabulary "
+            f"ends at {size - 1}: use the tokenizer that belongs to the model"
+        )
+
+
+def _split(windows: Tensor, config: PruneConfig, origin: dict[str, Any]) -> Calibration:
+    """The first windows calibrate, later ones are held out; a short text goes to calibration first."""
+    wanted = config.num_calibration_samples
+    if len(windows) < wanted:
+        log.warning("the text gives %d windows of the %d asked for; all are used", len(windows), wanted)
+    return Calibration(windows[:wanted].clone(), windows[wanted:].clone(), origin)
+
+
+def _ready_windows(path: Path, config: PruneConfig) -> Tensor:
+    if not path.is_file():
+        raise InputError(f"dataset '{path}' does not exist: give a .npy file of token ids [n, seqlen]")
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise InputError(f"{path} cannot be read as .npy: {error}") from error
+    if array.ndim != 2 or not np.issubdtype(array.dtype, np.integer):
+        raise InputError(f"{path} holds {array.dtype} {array.shape}: integer token ids [n, seqlen] are wanted")
+    if array.shape[0] < 1 or array.shape[1] < 2:
+        raise InputError(f"{path} holds windows of shape {array.shape}: at least one of two tokens is wanted")
+    length = config.max_seq_length or array.shape[1]
+    if length > array.shape[1]:
+        raise InputError(f"{path} holds windows of {array.shape[1]} tokens, shorter than --max-seq-length {length}")
+    return torch.from_numpy(array[: config.num_calibration_samples, :length].astype(np.int64))
+
+
+def _text_windows(source: TextSource, tokenizer: Any, wanted: int, length: int, seed: int) -> Tensor:
+    """`wanted` windows in seeded random order, or as many as the text gives."""
+    texts = source.read(wanted * length)
+    order = np.random.default_rng(seed)
+    if source.protocol.cuts:
+        windows = _random_cuts(texts, tokenizer, wanted, length, order)
+        what = f"{len(texts)} texts, none longer than {length} tokens"
+    else:
+        windows = joined_windows(texts, source.protocol.joiner, tokenizer, length)
+        windows = windows[torch.from_numpy(order.permutation(len(windows)))]
+        what = f"less than one window of {length} tokens"
+    if not len(windows):
+        raise InputError(f"{source.name} gives {what}: give more text, or a smaller --max-seq-length")
+    return windows[:wanted]
+
+
+def _random_cuts(texts: list[str], tokenizer: Any, wanted: int, length: int, order: np.random.Generator) -> Tensor:
+    """One cut at a random place of each of `wanted` random texts that are longer than a window."""
+    windows: list[Tensor] = []
+    for index in order.permutation(len(texts)):
+        ids = token_ids(tokenizer, texts[index])
+        if len(ids) > length:
+            start = int(order.integers(0, len(ids) - length))
+            windows.append(ids[start : start + length])
+        if len(windows) == wanted:
+            break
+    return torch.stack(windows) if windows else torch.empty(0, length, dtype=torch.long)
+
+
+@torch.no_grad()
+def _written_by_model(
+    model: PreTrainedModel, tokenizer: Any | None, wanted: int, length: int, config: PruneConfig
+) -> Tensor:
+    """Text that the model samples at temperature 1 from its own start token (or from random ones)."""
+    start = getattr(tokenizer, "bos_token_id", None)
+    start = model.config.bos_token_id if start is None else start
+    vocabulary = vocabulary_size(model)
+    written = []
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        for done in tqdm(range(0, wanted, config.batch_size), desc="the model writes", disable=None, leave=False):
+            count = min(config.batch_size, wanted - done)
+            first = torch.randint(vocabulary, (count, 1)) if start is None else torch.full((count, 1), start)
+            first = first.to(next(model.get_input_embeddings().parameters()).device)
+            generate: Any = model.generate
+            text = generate(
+                first,
+                attention_mask=torch.ones_like(first),
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                min_new_tokens=length - 1,
+                max_new_tokens=length - 1,
+                pad_token_id=0,
+            )
+            written.append(text.cpu())
+    return torch.cat(written)

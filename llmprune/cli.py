@@ -1,0 +1,209 @@
+"""The command line: argv becomes a validated config and one call. The only place that prints."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from tqdm.contrib.logging import logging_redirect_tqdm
+from transformers.utils import logging as transformers_logging
+
+from llmprune.errors import InputError
+from llmprune.launch import all_ranks
+
+# Typer brings its own copy of click since 0.24 and uses the installed one before: this is either's UsageError.
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
+app = typer.Typer(
+    name="llmprune",
+    help="One-shot pruning of Hugging Face language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Length = Annotated[int | None, typer.Option("--max-seq-length", help="Tokens per window [min(2048, positions)].")]
+Batch = Annotated[int, typer.Option("--batch-size", help="Windows per forward pass.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="auto (the checkpoint's own), float32, float16, bfloat16.")]
+Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
+
+
+def main() -> None:
+    """Entry point. Bad input ends with one line on stderr and exit code 2."""
+    debug = "--debug" in sys.argv
+    _configure_logging(debug)
+    try:
+        with all_ranks(), logging_redirect_tqdm():
+            code = app(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except UsageError as error:
+        describe = getattr(error, "format_message", error.__str__)
+        _fail(f"{describe()} (see --help)", debug)
+    except InputError as error:
+        _fail(str(error), debug)
+    except (KeyboardInterrupt, typer.Abort):
+        typer.echo("interrupted; nothing was written", err=True)
+        sys.exit(130)
+
+
+def _fail(message: str, debug: bool) -> None:
+    if debug:
+        raise
+    if int(os.environ.get("RANK", "0")) == 0:
+        typer.echo(f"llmprune: {' '.join(message.split())}", err=True)
+    sys.exit(2)
+
+
+def _configure_logging(debug: bool) -> None:
+    first = int(os.environ.get("RANK", "0")) == 0
+    logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+    logging.getLogger("llmprune").setLevel((logging.DEBUG if debug else logging.INFO) if first else logging.ERROR)
+
+
+@app.command("prune")
+def prune_command(
+    model: Annotated[str, typer.Argument(help="A model folder or Hub name.")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", "--save_model", help="Folder for the pruned model.")
+    ] = None,
+    method: Annotated[str, typer.Option("--method", "--prune_method", help="See `llmprune methods`.")] = "wanda",
+    sparsity: Annotated[
+        float | None, typer.Option("--sparsity", "--sparsity_ratio", help="Share of the weights to prune [0.5].")
+    ] = None,
+    pattern: Annotated[
+        str,
+        typer.Option(
+            "--pattern", "--sparsity_type", help="unstructured, row, matrix, or n:m (n of m KEPT), such as 2:4."
+        ),
+    ] = "unstructured",
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            help="Calibration text: FILE (.txt .jsonl .parquet), windows (.npy), c4, wikitext2, owner/name, c4:FILE, "
+            "wikitext2:FILE, or self (the model writes it)."
+        ),
+    ] = None,
+    num_calibration_samples: Annotated[
+        int, typer.Option("--num-calibration-samples", "--nsamples", help="Token windows.")
+    ] = 128,
+    num_holdout_samples: Annotated[int, typer.Option(help="Windows kept aside to measure the loss on.")] = 8,
+    max_seq_length: Length = None,
+    batch_size: Batch = 8,
+    seed: Annotated[int, typer.Option(help="For the choice of windows and random pruning.")] = 0,
+    ignore: Annotated[list[str] | None, typer.Option(help="Leave alone: end of a name, class, re:EXPRESSION.")] = None,
+    targets: Annotated[list[str] | None, typer.Option(help="Prune only these.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    trust_remote_code: Remote = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and touch nothing.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Prune a model and save it so that it reloads anywhere."""
+    from llmprune.commands import run_prune, show_plan
+    from llmprune.config import PruneConfig
+
+    config = PruneConfig(
+        method=method,
+        sparsity=sparsity,
+        pattern=pattern,
+        dataset=dataset,
+        num_calibration_samples=num_calibration_samples,
+        max_seq_length=max_seq_length,
+        batch_size=batch_size,
+        seed=seed,
+        ignore=tuple(ignore or ()),
+        targets=tuple(targets or ()),
+        device=device,
+        dtype=dtype,
+        num_holdout_samples=num_holdout_samples,
+        trust_remote_code=trust_remote_code,
+    )
+    if dry_run:
+        _out(show_plan(model, config, as_json))
+    elif output is None:
+        raise InputError("no output folder: pass -o FOLDER, or --dry-run to see what would be done")
+    else:
+        _out(run_prune(model, output, config, overwrite, as_json))
+
+
+@app.command("eval")
+def eval_command(
+    model: Annotated[str, typer.Argument(help="A model folder or Hub name.")],
+    dataset: Annotated[str, typer.Option(help="FILE, wikitext2, c4, owner/name, wikitext2:FILE or c4:FILE.")],
+    against: Annotated[str | None, typer.Option(help="The dense model, for divergence from it.")] = None,
+    max_seq_length: Length = None,
+    num_samples: Annotated[int | None, typer.Option(help="Only the first so many windows.")] = None,
+    batch_size: Batch = 8,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    trust_remote_code: Remote = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Perplexity by the papers' protocol, and with --against the divergence from the dense model."""
+    from llmprune.commands import run_eval
+
+    _out(
+        run_eval(
+            model,
+            dataset,
+            against,
+            device,
+            dtype,
+            trust_remote_code,
+            as_json,
+            max_seq_length=max_seq_length,
+            num_samples=num_samples,
+            batch_size=batch_size,
+        )
+    )
+
+
+@app.command("inspect")
+def inspect_command(
+    folder: Annotated[str, typer.Argument(help="A model folder.")], as_json: Json = False, debug: Debug = False
+) -> None:
+    """Sparsity per site, the pattern it obeys, and the manifest."""
+    from llmprune.commands import run_inspect
+
+    _out(run_inspect(folder, as_json))
+
+
+@app.command("methods")
+def methods_command(as_json: Json = False, debug: Debug = False) -> None:
+    """The methods, one line each."""
+    from llmprune.criteria import methods
+
+    if as_json:
+        rows = {name: {"summary": m.summary, "source": m.source, "group": m.group} for name, m in methods().items()}
+        _out(json.dumps(rows, indent=1))
+        return
+    for name, method in methods().items():
+        _out(f"{name:<10} {method.summary} ({method.source})")
+
+
+@app.command("demo")
+def demo_command(as_json: Json = False, debug: Debug = False) -> None:
+    """Prune the embedded model by five methods and show what each cost. No network, no data needed."""
+    from llmprune.demo.run import run_demo
+
+    _out(run_demo(as_json))
+
+
+def _out(text: Any) -> None:
+    """Print on rank 0; nothing for an empty answer."""
+    if text and int(os.environ.get("RANK", "0")) == 0:
+        typer.echo(text)

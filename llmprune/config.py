@@ -1,0 +1,86 @@
+"""The one description of a pruning run, shared by the API, the command line and the manifest."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from llmprune.criteria import Criterion, criterion
+from llmprune.errors import InputError
+from llmprune.patterns import Pattern, parse_pattern
+
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """What to prune, by which method, on which data.
+
+    Attributes:
+        method: name of a criterion (`llmprune methods` lists them).
+        sparsity: share of every site's weights to prune, in (0, 1); None means 0.5, or what n:m implies.
+        pattern: "unstructured" (the method's own grouping), "row", "matrix", or "n:m": n of m are KEPT.
+        dataset: FILE (.txt, .jsonl, .parquet, .npy), a Hub name, "c4", "wikitext2" or "self"; None if token
+            windows are given directly or the method needs no data.
+        num_calibration_samples: number of token windows.
+        max_seq_length: tokens per window; None means min(2048, the model's positions).
+        batch_size: windows per forward pass.
+        seed: for the choice of windows and for random pruning.
+        ignore: patterns of what to leave alone (end of a name, class name, "re:EXPRESSION").
+        targets: patterns of what to prune; empty means every site.
+        device: where the block at work computes: "auto", "cpu", "cuda", "cuda:1", ...
+        dtype: in which dtype the model is loaded and saved: "auto" is the checkpoint's own.
+        num_holdout_samples: windows on which the loss before and after is measured, never calibrated on.
+        trust_remote_code: run code that comes with the model.
+    """
+
+    method: str = "wanda"
+    sparsity: float | None = None
+    pattern: str = "unstructured"
+    dataset: str | None = None
+    num_calibration_samples: int = 128
+    max_seq_length: int | None = None
+    batch_size: int = 8
+    seed: int = 0
+    ignore: tuple[str, ...] = ()
+    targets: tuple[str, ...] = ()
+    device: str = "auto"
+    dtype: str = "auto"
+    num_holdout_samples: int = 8
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        """Everything that can be wrong without a model is found here.
+
+        Raises:
+            InputError: a value is not usable.
+        """
+        self.make_criterion().check(self.make_pattern())
+        for name in ("num_calibration_samples", "batch_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}: at least 1 is needed")
+        if self.max_seq_length is not None and self.max_seq_length < 2:
+            raise InputError(f"max_seq_length is {self.max_seq_length}: at least 2 tokens are needed")
+        if self.num_holdout_samples < 0:
+            raise InputError(f"num_holdout_samples is {self.num_holdout_samples}: give 0 or more")
+        if self.dtype not in DTYPES:
+            raise InputError(f"dtype '{self.dtype}' is unknown: use one of {', '.join(DTYPES)}")
+        if self.device.split(":")[0] not in DEVICES:
+            raise InputError(f"device '{self.device}' is unknown: use auto, cpu, cuda or cuda:N")
+        for name in ("ignore", "targets"):
+            if isinstance(getattr(self, name), str):
+                raise InputError(f"{name} is one string: give a list of patterns")
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+
+    def make_pattern(self) -> Pattern:
+        """The pattern with its sparsity."""
+        return parse_pattern(self.pattern, self.sparsity)
+
+    def make_criterion(self) -> Criterion:
+        """A fresh criterion with this run's seed."""
+        return criterion(self.method, self.seed)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the manifest."""
+        return asdict(self)

@@ -1,0 +1,1 @@
+"""The embedded default: a small model that this project trained, and short stories that it wrote."""

@@ -1,0 +1,110 @@
+"""What a run will touch and what it needs, known before any weight is touched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from llmprune.calibration import window_length
+from llmprune.config import PruneConfig
+from llmprune.errors import InputError
+from llmprune.sites import Block, Skipped, all_sites, survey
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The blocks with their sites, and the run's needs.
+
+    Attributes:
+        blocks: every decoder block, with the sites to prune and what is skipped.
+        decoder_parameters: all parameters of the blocks.
+        model_parameters: all parameters of the model, tied ones once.
+        site_parameters: weights at the sites.
+        seqlen: tokens per calibration window.
+        passes: forward passes through the decoder that calibration costs, at most.
+        memory: bytes, by what they are for.
+    """
+
+    blocks: list[Block]
+    decoder_parameters: int
+    model_parameters: int
+    site_parameters: int
+    seqlen: int
+    passes: float
+    memory: dict[str, int]
+
+    @property
+    def share(self) -> float:
+        """Share of the decoder's parameters that lie at sites."""
+        return self.site_parameters / self.decoder_parameters
+
+    @property
+    def skipped(self) -> list[Skipped]:
+        """What is not pruned, over all blocks."""
+        return [skipped for block in self.blocks for skipped in block.skipped]
+
+
+def make_plan(model: PreTrainedModel, config: PruneConfig) -> Plan:
+    """Survey a model (on any device, also meta) and check that the pattern fits every site.
+
+    Raises:
+        InputError: as `survey`, or a width that the pattern does not divide, or too long windows.
+    """
+    blocks = survey(model, config.targets, config.ignore)
+    pattern, criterion = config.make_pattern(), config.make_criterion()
+    sites = list(all_sites(blocks))
+    for site in sites:
+        pattern.check(site.name, site.shape[1])
+        if min(site.shape) == 0:
+            raise InputError(f"{site.name} is empty {site.shape}: leave it out with --ignore {site.name}")
+    seqlen = window_length(model, config.max_seq_length)
+    data = bool(criterion.needs) or config.dataset is not None
+    return Plan(
+        blocks=blocks,
+        decoder_parameters=sum(block.parameters for block in blocks),
+        model_parameters=sum(p.numel() for p in model.parameters()),
+        site_parameters=sum(site.shape[0] * site.shape[1] for site in sites),
+        seqlen=seqlen,
+        passes=2 - 1 / len(blocks) if data else 0.0,
+        memory=_memory(model, blocks, config, seqlen, criterion.needs, data),
+    )
+
+
+def _memory(
+    model: PreTrainedModel, blocks: list[Block], config: PruneConfig, seqlen: int, needs: frozenset[str], data: bool
+) -> dict[str, int]:
+    """Estimates in bytes; statistics as if no two sites shared an input."""
+    hidden_size = model.config.get_text_config(decoder=True).hidden_size
+    item = next(model.parameters()).element_size()
+    widths = [[site.shape[1] for site in block.sites] for block in blocks]
+    return {
+        "weights": sum(p.numel() * p.element_size() for p in model.parameters()),
+        "hidden states": config.num_calibration_samples * seqlen * hidden_size * item if data else 0,
+        "largest block on the device": max(
+            sum(p.numel() * p.element_size() for p in block.module.parameters()) for block in blocks
+        ),
+        "statistics of one block, at most": max(
+            sum(4 * w * (w if "gram" in needs else 2) for w in block) if needs else 0 for block in widths
+        ),
+        "largest site in float32, three copies": max(12 * site.shape[0] * site.shape[1] for site in all_sites(blocks)),
+    }
+
+
+def plan_as_dict(plan: Plan, config: PruneConfig) -> dict[str, Any]:
+    """For --dry-run --json."""
+    pattern = config.make_pattern()
+    return {
+        "config": config.as_dict(),
+        "decoder_parameters": plan.decoder_parameters,
+        "model_parameters": plan.model_parameters,
+        "site_parameters": plan.site_parameters,
+        "share_of_decoder_at_sites": plan.share,
+        "share_of_decoder_pruned": plan.share * pattern.sparsity,
+        "passes": plan.passes,
+        "memory_bytes": plan.memory,
+        "seqlen": plan.seqlen,
+        "sites": [{"name": site.name, "shape": list(site.shape)} for site in all_sites(plan.blocks)],
+        "skipped": [{"name": s.name, "reason": s.reason, "parameters": s.parameters} for s in plan.skipped],
+    }

@@ -1,0 +1,218 @@
+"""The API: prune a model in place, and get back what was done to it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from llmprune.biases import add_biases_
+from llmprune.calibration import Calibration, check_vocabulary, load_windows, window_length
+from llmprune.checkpoint import save_checkpoint
+from llmprune.collectives import from_rank_zero, gathered, gathered_objects, world
+from llmprune.config import PruneConfig
+from llmprune.criteria import Criterion, Pruned
+from llmprune.errors import InputError
+from llmprune.loading import check_finite, load_model, load_tokenizer
+from llmprune.patterns import Pattern
+from llmprune.planning import Plan, make_plan
+from llmprune.report import BlockReport, Report, SiteReport, peak_memory
+from llmprune.sites import Site, all_sites
+from llmprune.walk import Visit, loss, walk
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """A pruned model and the account of it."""
+
+    model: PreTrainedModel
+    report: Report
+    tokenizer: Any | None = None
+
+    def save(self, directory: str | Path, *, overwrite: bool = False) -> Path:
+        """Write a plain Hugging Face folder with a manifest, and prove in a fresh process that it reloads.
+
+        Raises:
+            InputError: the folder exists, cannot be written, or does not reload to the same model.
+        """
+        return save_checkpoint(self.model, Path(directory), self.report, self.tokenizer, overwrite=overwrite)
+
+
+def prune(
+    model: PreTrainedModel | str | Path,
+    config: PruneConfig | None = None,
+    *,
+    tokenizer: Any | None = None,
+    tokens: Tensor | None = None,
+    holdout: Tensor | None = None,
+) -> PruneResult:
+    """Prune a causal language model in place.
+
+    Args:
+        model: a model object, or a folder or Hub name to load.
+        config: what to do; the default is Wanda at 50 %.
+        tokenizer: needed to read text with a model object; loaded along with a folder.
+        tokens: calibration windows [n, seqlen], instead of the config's dataset.
+        holdout: windows [k, seqlen] to measure the loss before and after on, beside `tokens`.
+
+    Raises:
+        InputError: anything about the input that does not fit; nothing has been pruned then, unless the
+            activations turn out not to be finite halfway.
+    """
+    config = config or PruneConfig()
+    device: torch.device | None = resolve_device(config.device)
+    name = str(model) if isinstance(model, (str, Path)) else (model.name_or_path or type(model).__name__)
+    if isinstance(model, (str, Path)):
+        tokenizer = tokenizer or load_tokenizer(str(model), config.trust_remote_code)
+        model = load_model(str(model), config.dtype, config.trust_remote_code)
+    check_finite(model)
+    if getattr(model, "hf_device_map", None) or (config.device == "auto" and model.device.type != "cpu"):
+        device = None  # the blocks compute where they are
+    plan = make_plan(model, config)
+    calibration = _calibration(model, config, tokenizer, tokens, holdout)
+    report = _prune_planned(model, config, plan, calibration, device, name)
+    return PruneResult(model, report, tokenizer)
+
+
+def _prune_planned(
+    model: PreTrainedModel,
+    config: PruneConfig,
+    plan: Plan,
+    calibration: Calibration | None,
+    device: torch.device | None,
+    name: str,
+) -> Report:
+    """The loop: visit every block, prune its sites, go on."""
+    start = time.perf_counter()
+    criterion, pattern = config.make_criterion(), config.make_pattern()
+    report = Report(name, config.as_dict(), str(pattern), criterion.group_name(pattern), plan.decoder_parameters,
+                    plan.model_parameters, calibration.describe() if calibration else None)  # fmt: skip
+    report.processes = world()[1]
+    report.skipped = [vars(skipped) for skipped in plan.skipped]
+    if calibration is not None and len(calibration.holdout):
+        report.loss_before = loss(model, plan.blocks, calibration.holdout, batch_size=config.batch_size, device=device)
+    if criterion.moves_bias:
+        report.bias_flags = add_biases_(model, list(all_sites(plan.blocks)))
+    windows = calibration.windows if calibration is not None else None
+    with tqdm(total=len(plan.blocks), desc=criterion.name, disable=world()[0] > 0 or None, leave=False) as bar:
+        outcome: list[SiteReport] = []
+
+        def done(visit: Visit) -> None:
+            block = BlockReport(visit.block.name, list(outcome), visit.relative_error, visit.seconds)
+            report.blocks.append(block)
+            bar.update()
+            bar.set_postfix_str(_figures(block))
+            log.info("%s: %s", block.name, _figures(block))
+
+        for visit in walk(model, plan.blocks, windows, needs=criterion.needs, batch_size=config.batch_size,
+                          device=device, done=done):  # fmt: skip
+            outcome.clear()
+            for site in visit.block.sites:
+                outcome.append(_prune_site(site, criterion, pattern))
+    _check_ranks_agree(plan)
+    if report.loss_before is not None and calibration is not None:
+        report.loss_after = loss(model, plan.blocks, calibration.holdout, batch_size=config.batch_size, device=device)
+    report.seconds = _seconds(report, time.perf_counter() - start)
+    report.peak_memory = peak_memory()
+    return report
+
+
+@torch.no_grad()
+def _prune_site(site: Site, criterion: Criterion, pattern: Pattern) -> SiteReport:
+    pruned = criterion.prune(site, pattern)
+    error = _relative_error(site, pruned)
+    site.write_(pruned.weight, pruned.keep, pruned.bias_shift)
+    notes = ["pooled over the block's experts"] * site.pooled + [pruned.note] * bool(pruned.note)
+    count = site.statistics.count if site.statistics is not None and criterion.needs else None
+    zeros = pruned.keep.numel() - int(pruned.keep.sum())
+    return SiteReport(site.name, site.shape, zeros, error, count, "; ".join(notes))
+
+
+def _relative_error(site: Site, pruned: Pruned) -> float | None:
+    """||x (W_new - W)^T + shift|| / ||x W^T|| over the sampled tokens of all ranks."""
+    if site.statistics is None:
+        return None
+    x, dense = site.statistics.sample, site.weight.float()
+    change = x @ (pruned.weight - dense).T
+    if pruned.bias_shift is not None:
+        change += pruned.bias_shift
+    squares = torch.stack([change.square().sum(), (x @ dense.T).square().sum()])
+    wrong, whole = (float(v) for v in torch.stack(gathered(squares)).sum(0))
+    return (wrong / whole) ** 0.5 if whole > 0 else None
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of this rank; joins the process group when started by `accelerate launch` or torchrun.
+
+    Raises:
+        InputError: CUDA is asked for and there is none.
+    """
+    kind = name.split(":")[0]
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    elif kind != "cpu" and not getattr(torch, kind).is_available():
+        raise InputError(f"--device {name}: this machine or this torch has no {kind}; use --device cpu")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return torch.device(PartialState(cpu=kind == "cpu" or None).device)
+    device = torch.device(name if ":" in name else kind)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
+    return device
+
+
+def _calibration(
+    model: PreTrainedModel,
+    config: PruneConfig,
+    tokenizer: Any | None,
+    tokens: Tensor | None,
+    holdout: Tensor | None,
+) -> Calibration | None:
+    """The windows to use, the same on every rank; None for a method that needs none and was given none."""
+    if tokens is None and config.dataset is None and not config.make_criterion().needs:
+        return None
+    if tokens is None:
+        loaded = load_windows(config, model, tokenizer)
+    else:
+        if tokens.ndim != 2 or tokens.numel() == 0 or tokens.is_floating_point():
+            raise InputError(f"tokens are {tokens.dtype} {tuple(tokens.shape)}: integer ids [n, seqlen] are wanted")
+        window_length(model, tokens.shape[1])
+        held = tokens[:0] if holdout is None else holdout
+        for name, windows in (("tokens", tokens), ("holdout", held)):
+            check_vocabulary(model, windows, name)
+        loaded = Calibration(tokens.long().cpu(), held.long().cpu(), {"dataset": "given as tensors"})
+    return Calibration(from_rank_zero(loaded.windows), from_rank_zero(loaded.holdout), loaded.origin)
+
+
+def _check_ranks_agree(plan: Plan) -> None:
+    """Raise RuntimeError if two ranks hold different weights."""
+    if world()[1] > 1:
+        sums = {site.name: site.weight.double().sum().item() for site in all_sites(plan.blocks)}
+        if any(other != sums for other in gathered_objects(sums)):
+            raise RuntimeError("the processes hold different weights after pruning; please report this")
+
+
+def _figures(block: BlockReport) -> str:
+    """One line about a block."""
+    parts = [f"{len(block.sites)} sites, {block.sparsity:.1%} pruned"]
+    if block.site_error is not None:
+        parts.append(f"site error {block.site_error:.3f}")
+    if block.relative_error is not None:
+        parts.append(f"block error {block.relative_error:.3f}")
+    return ", ".join([*parts, f"{sum(block.seconds.values()):.1f} s"])
+
+
+def _seconds(report: Report, total: float) -> dict[str, float]:
+    """Sums over the blocks by phase, and what is left: capturing inputs, measuring the loss."""
+    phases = {p: sum(b.seconds.get(p, 0.0) for b in report.blocks) for p in ("collect", "prune", "propagate")}
+    return {**phases, "other": total - sum(phases.values()), "total": total}

@@ -1,0 +1,180 @@
+"""What a run did, site by site, in numbers that were measured."""
+
+from __future__ import annotations
+
+import math
+import platform
+import resource
+import sys
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+SCHEMA = 1
+COLLAPSED_BLOCK = 1.0
+COLLAPSED_PERPLEXITY = 10.0
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One site.
+
+    Attributes:
+        shape: (out, in).
+        pruned: weights set to zero by the mask.
+        relative_error: ||new output - dense output|| / ||dense output|| (without bias) on a sample of the
+            calibration tokens; None without data.
+        tokens: calibration tokens that it saw; None without statistics.
+        note: "pooled over ... experts", a raised damping, a bias that could not be moved, or "".
+    """
+
+    name: str
+    shape: tuple[int, int]
+    pruned: int
+    relative_error: float | None
+    tokens: int | None
+    note: str = ""
+
+    @property
+    def size(self) -> int:
+        """Weights of the site."""
+        return self.shape[0] * self.shape[1]
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """One block; seconds by phase (collect, prune, propagate)."""
+
+    name: str
+    sites: list[SiteReport]
+    relative_error: float | None
+    seconds: dict[str, float]
+
+    @property
+    def sparsity(self) -> float:
+        """Pruned share of the weights at this block's sites."""
+        return sum(s.pruned for s in self.sites) / max(sum(s.size for s in self.sites), 1)
+
+    @property
+    def site_error(self) -> float | None:
+        """Mean relative error of the block's sites."""
+        errors = [s.relative_error for s in self.sites if s.relative_error is not None]
+        return sum(errors) / len(errors) if errors else None
+
+
+@dataclass
+class Report:
+    """A whole run.
+
+    Attributes:
+        loss_before, loss_after: nats per token on the held-out windows, None if none were to be had.
+    """
+
+    model: str
+    config: dict[str, Any]
+    pattern: str
+    group: str
+    decoder_parameters: int
+    model_parameters: int
+    calibration: dict[str, Any] | None = None
+    blocks: list[BlockReport] = field(default_factory=list)
+    skipped: list[dict[str, Any]] = field(default_factory=list)
+    bias_flags: list[str] = field(default_factory=list)
+    loss_before: float | None = None
+    loss_after: float | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=lambda: versions())
+    processes: int = 1
+    peak_memory: int = 0
+
+    @property
+    def pruned(self) -> int:
+        """Weights set to zero."""
+        return sum(site.pruned for block in self.blocks for site in block.sites)
+
+    @property
+    def sparsity(self) -> float:
+        """Pruned share of the weights at sites."""
+        return self.pruned / max(sum(site.size for block in self.blocks for site in block.sites), 1)
+
+    @property
+    def decoder_share(self) -> float:
+        """Pruned share of all parameters of the decoder blocks."""
+        return self.pruned / self.decoder_parameters
+
+    @property
+    def model_share(self) -> float:
+        """Pruned share of all parameters of the model."""
+        return self.pruned / self.model_parameters
+
+    @property
+    def perplexity_before(self) -> float | None:
+        """On the held-out windows."""
+        return _exp(self.loss_before)
+
+    @property
+    def perplexity_after(self) -> float | None:
+        """On the same windows."""
+        return _exp(self.loss_after)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the user must not miss."""
+        found = [
+            f"{block.name}: the error ({block.relative_error:.2f}) exceeds what the block adds to the stream"
+            for block in self.blocks
+            if block.relative_error is not None and block.relative_error > COLLAPSED_BLOCK
+        ]
+        before, after = self.perplexity_before, self.perplexity_after
+        if before is not None and after is not None and after > COLLAPSED_PERPLEXITY * before:
+            found.append(f"the perplexity collapsed from {before:.4g} to {after:.4g} on held-out text")
+        no_bias = [s.name for b in self.blocks for s in b.sites if s.note == "no bias to move"]
+        if no_bias:
+            found.append(
+                f"{len(no_bias)} sites have no bias that the config could carry ({no_bias[0]}, ...): "
+                "pruned there without moving the mean"
+            )
+        pooled = [s.name for b in self.blocks for s in b.sites if "pooled" in s.note]
+        if pooled:
+            found.append(f"{len(pooled)} experts saw too few tokens and used their block's pooled statistics")
+        return found
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the manifest and --json; every figure in full precision."""
+        return {
+            "schema": SCHEMA,
+            **asdict(self),
+            "pruned": self.pruned,
+            "sparsity": self.sparsity,
+            "decoder_share": self.decoder_share,
+            "model_share": self.model_share,
+            "perplexity_before": _finite(self.perplexity_before),
+            "perplexity_after": _finite(self.perplexity_after),
+            "warnings": self.warnings,
+        }
+
+
+def _exp(loss: float | None) -> float | None:
+    return None if loss is None else math.exp(loss) if loss < 700 else math.inf
+
+
+def _finite(value: float | None) -> float | None:
+    """JSON has no infinity."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def versions() -> dict[str, str]:
+    """Of what a result depends on."""
+    packages = ("llmprune", "torch", "transformers", "accelerate", "safetensors")
+    found = {"python": platform.python_version(), "machine": platform.machine()}
+    for package in packages:
+        found[package] = torch.__version__ if package == "torch" else version(package)
+    return found
+
+
+def peak_memory() -> int:
+    """Peak resident set size of this process in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

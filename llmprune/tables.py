@@ -1,0 +1,136 @@
+"""Text for the terminal: tables of what was planned, done and measured."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from llmprune.config import PruneConfig
+from llmprune.planning import Plan
+from llmprune.report import Report
+
+WIDTH = 110
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A plain-text table: the first column to the left, the others to the right."""
+    drawn = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for i, column in enumerate(columns):
+        drawn.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+    for row in rows:
+        drawn.add_row(*(str(cell) for cell in row))
+    console = Console(file=io.StringIO(), width=WIDTH, color_system=None)
+    console.print(drawn, markup=False)
+    assert isinstance(console.file, io.StringIO)
+    return "\n".join(line.rstrip() for line in console.file.getvalue().rstrip().splitlines())
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """A figure, or a dash where nothing was measured."""
+    return "-" if value is None else f"{value:.{digits}g}"
+
+
+def report_text(report: Report, output: Path) -> str:
+    """The table at the end of a run and the sums below it."""
+    rows = [
+        (b.name, len(b.sites), f"{b.sparsity:.2%}", number(b.site_error, 3), number(b.relative_error, 3),
+         f"{sum(b.seconds.values()):.1f}")
+        for b in report.blocks
+    ]  # fmt: skip
+    method = f"{report.config['method']}, {report.pattern}; weights compete within a {report.group}"
+    lines = [table(method, ("block", "sites", "sparsity", "site error", "block error", "seconds"), rows), ""]
+    seconds = ", ".join(f"{phase} {value:.1f}" for phase, value in report.seconds.items())
+    lines += [
+        f"pruned      {report.pruned:,} weights: {report.sparsity:.2%} of the sites, {report.decoder_share:.2%} of the "
+        f"decoder, {report.model_share:.2%} of the model",
+    ]
+    if report.perplexity_before is not None:
+        held = (report.calibration or {}).get("holdout")
+        lines.append(
+            f"perplexity  {number(report.perplexity_before)} before, {number(report.perplexity_after)} after "
+            f"({held} held-out windows of the calibration text)"
+        )
+    else:
+        lines.append("perplexity  not measured: no held-out windows; see `llmprune eval`")
+    if report.bias_flags:
+        lines.append(f"biases      added, announced in the config by {', '.join(report.bias_flags)}")
+    lines += [
+        f"seconds     {seconds}; peak memory {report.peak_memory / 1e9:.2f} GB; {report.processes} process(es)",
+        "size, speed the file keeps its size and dense runtimes their speed: pruned weights are stored as zeros",
+        f"saved       {output} (reloaded in a fresh process: identical weights)",
+    ]
+    return "\n".join([*lines, *(f"WARNING     {warning}" for warning in report.warnings)])
+
+
+def plan_text(plan: Plan, config: PruneConfig) -> str:
+    """What a run would prune, skip, need."""
+    pattern = config.make_pattern()
+    kinds: dict[tuple[str, tuple[int, int]], int] = {}
+    for block in plan.blocks:
+        for site in block.sites:
+            key = (site.family, site.shape)
+            kinds[key] = kinds.get(key, 0) + 1
+    rows = [(name, count, f"{shape[0]} x {shape[1]}") for (name, shape), count in kinds.items()]
+    lines = [table(f"{config.method}, {pattern}: would prune", ("sites", "count", "out x in"), rows), ""]
+    skipped: dict[tuple[str, str], int] = {}
+    for one in plan.skipped:
+        skipped[(one.name.split(".")[-1], one.reason)] = skipped.get((one.name.split(".")[-1], one.reason), 0) + 1
+    lines += [f"skips       {count} x {name}: {reason}" for (name, reason), count in skipped.items()]
+    lines += [
+        "skips       everything outside the blocks: embeddings, lm_head, final norm",
+        f"prunes      {plan.share * pattern.sparsity:.2%} of the decoder's {plan.decoder_parameters:,} parameters "
+        f"({plan.share:.2%} of them lie at sites)",
+        f"passes      {plan.passes:.2f} forward passes of the decoder over {config.num_calibration_samples} windows "
+        f"of {plan.seqlen} tokens",
+    ]
+    lines += [f"memory      {size / 1e9:9.3f} GB {what}" for what, size in plan.memory.items()]
+    lines += ["size, speed unchanged: zeros are stored densely", "dry run     nothing was touched"]
+    return "\n".join(lines)
+
+
+def evaluation_text(facts: dict[str, Any]) -> str:
+    """Figures, then the protocol they hold under."""
+    protocol = facts["protocol"]
+    lines = [f"perplexity        {facts['perplexity']:.4f}   {facts['model']}"]
+    if facts["against"]:
+        lines += [
+            f"dense perplexity  {facts['dense_perplexity']:.4f}   {facts['against']}",
+            f"KL to dense       {facts['kl']:.5f} nats per token",
+            f"same top-1 token  {facts['top1_agreement']:.2%}",
+        ]
+    lines.append(
+        f"protocol          {protocol['dataset']}, texts joined by {protocol['joiner']!r}, {protocol['windows']} "
+        f"non-overlapping windows of {protocol['window']} tokens, {protocol['scored_tokens']} scored, "
+        f"{protocol['dtype']}"
+    )
+    return "\n".join(lines)
+
+
+def inspection_text(folder: str, facts: dict[str, Any], manifest: dict[str, Any] | None) -> str:
+    """Sparsity per site and what the manifest says."""
+    rows = [
+        (s["name"], f"{s['shape'][0]} x {s['shape'][1]}", f"{s['sparsity']:.2%}", s["pattern"]) for s in facts["sites"]
+    ]
+    lines = [table(folder, ("site", "out x in", "zeros", "pattern"), rows), ""]
+    lines.append(
+        f"zeros       {facts['sparsity']:.2%} of the weights at sites; patterns: {', '.join(facts['patterns'])}"
+    )
+    if manifest is None:
+        return "\n".join([*lines, "manifest    none: not written by llmprune"])
+    config, calibration = manifest.get("config", {}), manifest.get("calibration") or {}
+    lines += [
+        f"manifest    {config.get('method')}, {manifest.get('pattern')} within a {manifest.get('group')}, seed "
+        f"{config.get('seed')}, from {manifest.get('model')}",
+        f"calibrated  {calibration.get('dataset')}: {calibration.get('windows_used')} windows of "
+        f"{calibration.get('seqlen')} tokens, sha256 {str(calibration.get('sha256'))[:12]}",
+        f"perplexity  {number(manifest.get('perplexity_before'))} before, "
+        f"{number(manifest.get('perplexity_after'))} after (held-out calibration text)",
+        f"versions    {', '.join(f'{k} {v}' for k, v in manifest.get('versions', {}).items())}",
+    ]
+    return "\n".join(lines)
