@@ -1,0 +1,93 @@
+"""The direction of dependencies, read from the imports."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import ROOT
+
+PACKAGES = {"llmprune": ROOT / "llmprune", "llmprune_eval": ROOT / "eval", "llmprune_kernels": ROOT / "kernels"}
+
+# From the ground up: a module may import from its own layer or one below it.
+LAYERS = (
+    {"errors", "collectives", "reload_proof"},
+    {"moments", "gram", "patterns"},
+    {"inputs", "sites", "biases", "stream", "loading"},
+    {"observe", "walk", "criteria", "config", "report"},
+    {"calibration", "planning", "checkpoint", "inspection", "tables"},
+    {"prune", "launch"},
+    {"commands", "demo"},
+    {"cli"},
+)
+
+
+def imports(path: Path, at_import_time: bool = False) -> set[str]:
+    """Dotted names that a file imports; with `at_import_time` only those at the top level."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    nodes = tree.body if at_import_time else list(ast.walk(tree))
+    found: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {str(node.module)} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def files(package: str) -> list[Path]:
+    return [path for path in PACKAGES[package].rglob("*.py") if ".venv" not in path.parts]
+
+
+@pytest.mark.parametrize("leaf", ["llmprune_eval", "llmprune_kernels"])
+def test_a_leaf_never_imports_the_trunk(leaf: str) -> None:
+    package = PACKAGES[leaf] / leaf
+    for path in package.rglob("*.py"):
+        for name in imports(path):
+            assert name.split(".")[0] != "llmprune", f"{path} imports {name}"
+
+
+def test_heavy_optional_packages_are_never_imported_at_import_time() -> None:
+    for package in PACKAGES:
+        for path in files(package):
+            tops = {name.split(".")[0] for name in imports(path, at_import_time=True)}
+            assert not tops & {"triton", "lm_eval", "matplotlib", "jinja2"}, path
+    code = (
+        "import sys, llmprune, llmprune.cli; print([m for m in ('triton', 'lm_eval', 'datasets') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_trunk_is_layered() -> None:
+    level = {module: i for i, layer in enumerate(LAYERS) for module in layer}
+    for path in files("llmprune"):
+        inner = path.relative_to(ROOT / "llmprune").with_suffix("").parts[0]
+        if inner in ("__init__", "__main__"):
+            continue
+        for name in imports(path):
+            parts = name.split(".")
+            if parts[0] == "llmprune" and len(parts) > 1 and parts[1] in level:
+                assert level[parts[1]] <= level[inner], f"{path.name} must not import {name}"
+
+
+def test_every_module_has_its_layer() -> None:
+    level = {module for layer in LAYERS for module in layer}
+    names = {path.relative_to(ROOT / "llmprune").with_suffix("").parts[0] for path in files("llmprune")}
+    assert names - {"__init__", "__main__"} == level
+
+
+def test_source_roots_are_no_packages() -> None:
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert not (ROOT / "eval" / "__init__.py").exists()
+
+
+def test_only_the_command_line_prints() -> None:
+    for path in files("llmprune"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            called = node.func if isinstance(node, ast.Call) else None
+            assert not (isinstance(called, ast.Name) and called.id == "print"), path

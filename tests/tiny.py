@@ -1,0 +1,26 @@
+"""Tiny random models and where the project lies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+
+
+def make_llama(**changes: object) -> PreTrainedModel:
+    """A tiny random Llama with grouped queries and odd widths where they are allowed."""
+    settings = {
+        "hidden_size": 32,
+        "intermediate_size": 68,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 97,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.2,
+        **changes,
+    }
+    return LlamaForCausalLM(LlamaConfig(**settings)).eval()
