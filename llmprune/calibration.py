@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -61,14 +63,27 @@ def window_length(model: PreTrainedModel, asked: int | None) -> int:
     """Tokens per window: as asked, or min(2048, positions).
 
     Raises:
-        InputError: more than the model has positions for.
+        InputError: less than two, or more than the model has positions for.
     """
     positions = model_positions(model)
     if asked is None:
         return min(DEFAULT_LENGTH, positions or DEFAULT_LENGTH)
+    if asked < 2:
+        raise InputError(f"windows of {asked} tokens are too short: pass a --max-seq-length of at least 2")
     if positions is not None and asked > positions:
-        raise InputError(f"--max-seq-length {asked} exceeds the model's {positions} positions: use at most {positions}")
+        raise InputError(
+            f"windows of {asked} tokens exceed the model's {positions} positions: pass --max-seq-length {positions} "
+            "or less"
+        )
     return asked
+
+
+def check_dataset(spec: str | None) -> None:
+    """Raise InputError for a dataset that is not there, without reading any; None and Hub names pass."""
+    if spec is not None and spec.endswith(".npy"):
+        _check_npy(Path(spec))
+    elif spec not in (None, "self"):
+        open_text(spec, "train")
 
 
 def load_windows(config: PruneConfig, model: PreTrainedModel, tokenizer: Any | None) -> Calibration:
@@ -95,7 +110,8 @@ def load_windows(config: PruneConfig, model: PreTrainedModel, tokenizer: Any | N
             source = open_text(spec, "train")
             windows, origin = _text_windows(source, tokenizer, wanted, length, config.seed), source.describe()
         calibration = _split(windows, config, origin)
-    check_vocabulary(model, calibration.windows, spec)
+    for windows in (calibration.windows, calibration.holdout):
+        check_vocabulary(model, windows, spec)
     return calibration
 
 
@@ -124,13 +140,19 @@ def _split(windows: Tensor, config: PruneConfig, origin: dict[str, Any]) -> Cali
     return Calibration(windows[:wanted].clone(), windows[wanted:].clone(), origin)
 
 
-def _ready_windows(path: Path, config: PruneConfig) -> Tensor:
-    if not path.is_file():
+def _check_npy(path: Path) -> None:
+    if not os.path.isfile(path):
         raise InputError(f"dataset '{path}' does not exist: give a .npy file of token ids [n, seqlen]")
+
+
+def _ready_windows(path: Path, config: PruneConfig) -> Tensor:
+    _check_npy(path)
     try:
-        array = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise InputError(f"{path} cannot be read as .npy: {error}") from error
+        array = np.lib.format.open_memmap(path, mode="r")  # never unpickles, never unzips
+    except (ValueError, EOFError, OSError, SyntaxError, TokenError) as error:
+        raise InputError(
+            f"{path} cannot be read as .npy ({error}): write integer token ids [n, seqlen] with numpy.save"
+        ) from error
     if array.ndim != 2 or not np.issubdtype(array.dtype, np.integer):
         raise InputError(f"{path} holds {array.dtype} {array.shape}: integer token ids [n, seqlen] are wanted")
     if array.shape[0] < 1 or array.shape[1] < 2:
@@ -175,16 +197,19 @@ def _written_by_model(
     model: PreTrainedModel, tokenizer: Any | None, wanted: int, length: int, config: PruneConfig
 ) -> Tensor:
     """Text that the model samples at temperature 1 from its own start token (or from random ones)."""
-    start = getattr(tokenizer, "bos_token_id", None)
-    start = model.config.bos_token_id if start is None else start
     vocabulary = vocabulary_size(model)
-    written = []
+    # Not every config names a start token, and some name one that the embedding does not have.
+    named = [getattr(o, "bos_token_id", None) for o in (tokenizer, model.config.get_text_config(decoder=True))]
+    start = next((token for token in named if isinstance(token, int) and token < vocabulary), None)
+    written: list[Tensor] = []
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         for done in tqdm(range(0, wanted, config.batch_size), desc="the model writes", disable=None, leave=False):
             count = min(config.batch_size, wanted - done)
             first = torch.randint(vocabulary, (count, 1)) if start is None else torch.full((count, 1), start)
             first = first.to(next(model.get_input_embeddings().parameters()).device)
+            if not written and not torch.isfinite(model(input_ids=first).logits).all():
+                raise InputError("the model's logits are not finite (NaN or infinity): try --dtype float32")
             generate: Any = model.generate
             text = generate(
                 first,

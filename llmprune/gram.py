@@ -44,12 +44,12 @@ class Gram:
         self.count = 0
         self._upper = torch.zeros(width, width, dtype=torch.float32, device=device)
         self._whole: Tensor | None = None
-        self._factor: tuple[Tensor, float] | None = None
+        self._factor: tuple[float, Tensor, float] | None = None  # damping asked for, U, damping used
 
     def update(self, x: Tensor) -> None:
         """Add the tokens x [n, in]."""
         self.count += len(x)
-        self._whole = None
+        self._whole = self._factor = None
         width = self._upper.shape[0]
         strip = max(width // STRIPS, NARROWEST)
         with full_float32():
@@ -60,7 +60,7 @@ class Gram:
         """Add everything that `other` has seen."""
         self.count += other.count
         self._upper += other._upper
-        self._whole = None
+        self._whole = self._factor = None
 
     def all_reduce_(self) -> None:
         """Replace this rank's sum by that of all ranks; every rank ends with the same bits."""
@@ -68,7 +68,7 @@ class Gram:
         summed_(count)
         summed_(self._upper)
         self.count = int(count.item())
-        self._whole = None
+        self._whole = self._factor = None
 
     @property
     def matrix(self) -> Tensor:
@@ -90,15 +90,16 @@ class Gram:
     def inverse_factor(self, damping: float = 0.01) -> tuple[Tensor, float]:
         """U [in, in], upper, with U^T U = (H)^-1 for H = G + damping * mean(diag G) * I, and the damping used.
 
-        Features that were never active get H_jj = 1 before damping. Computed once per object: sites that
-        share an input share the factor. Source: arXiv 2301.00774.
+        Features that were never active get H_jj = 1 before damping. Computed once: sites that share an
+        input share the factor. Source: arXiv 2301.00774.
 
         Raises:
             InputError: H stays indefinite at damping 1.
         """
-        if self._factor is None:
-            self._factor = _inverse_factor(self.matrix, damping)
-        return self._factor
+        assert damping > 0
+        if self._factor is None or self._factor[0] != damping:
+            self._factor = (damping, *_inverse_factor(self.matrix, damping))
+        return self._factor[1:]
 
 
 def _inverse_factor(gram: Tensor, damping: float) -> tuple[Tensor, float]:
@@ -118,7 +119,8 @@ def _inverse_factor(gram: Tensor, damping: float) -> tuple[Tensor, float]:
             if not failed:
                 identity = torch.eye(len(H), dtype=dtype, device=H.device)
                 U = torch.linalg.solve_triangular(L, identity, upper=False).flip(0, 1)
-                if torch.isfinite(U).all():
+                # An overflown Gram factors into zeros.
+                if torch.isfinite(U).all() and (U.diagonal() > 0).all():
                     return U.float(), damp
     raise InputError(
         "the Gram matrix is not positive definite even with damping 1.0: the calibration activations are "

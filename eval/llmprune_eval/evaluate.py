@@ -61,17 +61,17 @@ def evaluate(
     """
     if not len(windows):
         raise InputError("there is no window to evaluate: give more text or a smaller --max-seq-length")
+    if against is not None and _vocabulary(against) != _vocabulary(model):
+        raise InputError(
+            f"the two models have vocabularies of {_vocabulary(model)} and {_vocabulary(against)}: --against must be "
+            "the model that the other was pruned from"
+        )
     nll = dense_nll = kl = same = 0.0
     with _evaluating(model), _evaluating(against):
         for batch in tqdm(windows.split(batch_size), desc="evaluating", disable=None, leave=False):
             labels = batch[:, 1:].flatten()
             logits = _logits(model, batch)
             dense = _logits(against, batch) if against is not None else None
-            if dense is not None and dense.shape != logits.shape:
-                raise InputError(
-                    f"the two models have vocabularies of {logits.shape[-1]} and {dense.shape[-1]}: "
-                    "--against must be the model that the other was pruned from"
-                )
             for rows in torch.arange(len(labels)).split(ROWS):
                 own = F.log_softmax(logits[rows].float(), dim=-1)
                 wanted = labels[rows].to(own.device)
@@ -82,8 +82,9 @@ def evaluate(
                     kl += (reference.exp() * (reference - own)).sum().item()
                     same += (reference.argmax(-1) == own.argmax(-1)).sum().item()
     tokens = windows[:, 1:].numel()
-    if not math.isfinite(nll):
-        raise InputError("the model's logits are not finite (NaN or infinity): try --dtype float32")
+    for total, whose in ((nll, "the model's"), (dense_nll, "the dense model's")):
+        if not math.isfinite(total):
+            raise InputError(f"{whose} logits are not finite (NaN or infinity): try --dtype float32")
     if against is None:
         return Evaluation(_exp(nll / tokens), tokens, len(windows))
     return Evaluation(_exp(nll / tokens), tokens, len(windows), _exp(dense_nll / tokens), kl / tokens, same / tokens)
@@ -92,6 +93,13 @@ def evaluate(
 def _exp(mean: float) -> float:
     """exp without OverflowError: a ruined model has a perplexity, if a useless one."""
     return math.exp(mean) if mean < 700 else math.inf
+
+
+def _vocabulary(model: PreTrainedModel) -> int:
+    """Rows of the input embedding."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    return len(weight)
 
 
 def _logits(model: PreTrainedModel, batch: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ def violation(weight: Tensor, n: int, m: int) -> tuple[int, int] | None:
     if weight.shape[1] % m:
         raise ValueError(f"{weight.shape[1]} inputs cannot be cut into groups of {m}")
     present = (weight != 0) | torch.signbit(weight)
-    too_many = present.view(len(weight), -1, m).sum(-1) > n
+    too_many = present.unflatten(1, (weight.shape[1] // m, m)).sum(-1) > n
     if not bool(too_many.any()):
         return None
     row, group = (int(i) for i in too_many.nonzero()[0])

@@ -54,7 +54,8 @@ class SparseGPT(Criterion):
             U, damping = gram.inverse_factor(DAMPING)
         except InputError as error:
             raise InputError(f"{site.name}: {error}") from error
-        W = site.weight.float().T.contiguous()  # [in, out]: a column of the paper is a contiguous row here
+        # [in, out]: a column of the paper is a contiguous row here. Always a copy: a Conv1D is stored that way.
+        W = site.weight.T.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         W[gram.matrix.diagonal() == 0] = 0.0
         keep = torch.ones_like(W, dtype=torch.bool)
         with full_float32():
