@@ -66,9 +66,9 @@ def launcher_arguments(command: Sequence[str]) -> list[str] | None:
     """What follows `accelerate launch` in a command line, or None if it is another command."""
     for i, word in enumerate(command):
         name = Path(word).name
-        if name == "accelerate-launch":
+        if name in ("accelerate-launch", "accelerate.commands.launch"):
             return list(command[i + 1 :])
-        if name == "accelerate" and command[i + 1 : i + 2] == ["launch"]:
+        if name in ("accelerate", "accelerate.commands.accelerate_cli") and command[i + 1 : i + 2] == ["launch"]:
             return list(command[i + 2 :])
     return None
 

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import shutil
+import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may wait for a network; read when transformers is imported
+
+from broken import tree, word_tokenizer
 from tiny import SHARED, make_llama
 from transformers import PreTrainedModel
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may wait for a network
+torch.set_num_threads(1)  # the suite runs on every core already
 
 
 @pytest.fixture(autouse=True)
@@ -59,3 +67,56 @@ def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
         return int(end.value.code or 0), captured.out, captured.err
 
     return run
+
+
+@pytest.fixture(scope="session")
+def _complete_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("models") / "dense"
+    make_llama().save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def dense(_complete_llama: Path, tmp_path: Path) -> Path:
+    """The tiny Llama as a folder with a tokenizer of 97 words."""
+    return Path(shutil.copytree(_complete_llama, tmp_path / "dense"))
+
+
+@pytest.fixture
+def refused(
+    cli: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., str]:
+    """Run a command that must fail with exit code 2 and one line, writing nothing; returns the line.
+
+    Logs and warnings go to stderr as they do outside of the tests. `progress` allows the lines about blocks
+    that were pruned before the trouble was found.
+    """
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object, progress: bool = False) -> str:
+        before = tree(tmp_path)
+        with monkeypatch.context() as patch, warnings.catch_warnings(record=True) as warned:
+            patch.setattr(logging.root, "handlers", [])
+            for handler in logging.getLogger("transformers").handlers:
+                if type(handler) is logging.StreamHandler:  # its own, which holds on to an earlier stderr
+                    patch.setattr(handler, "stream", sys.stderr)
+            code, out, err = cli(*arguments)
+        lines = [line for line in err.splitlines() if not (progress and line.startswith("model.layers."))]
+        assert (code, out, len(lines)) == (2, "", 1), err
+        assert lines[0].startswith("llmprune: ")
+        assert not warned, [str(w.message) for w in warned]
+        assert tree(tmp_path) == before
+        return lines[0]
+
+    return run
+
+
+@pytest.fixture
+def unproved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Save without the fresh process that reloads."""
+    from llmprune import checkpoint
+
+    monkeypatch.setattr(checkpoint, "prove_reload", lambda model, folder: {"weights": "identical"})

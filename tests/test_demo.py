@@ -1,0 +1,34 @@
+"""The embedded default: everything the demo shows, measured on the spot."""
+
+from __future__ import annotations
+
+import json
+import time
+
+from llmprune.demo.run import HERE, METHODS, run_demo, stories
+
+
+def test_the_demo_measures_what_it_shows() -> None:
+    start = time.perf_counter()
+    facts = json.loads(run_demo(as_json=True))
+    assert time.perf_counter() - start < 90
+    rows = {(row["method"], row["pattern"]): row for row in facts["rows"]}
+    dense = rows.pop(("dense", ""))
+    assert {method for method, _ in rows} == set(METHODS)
+    assert len(rows) == 10
+    assert abs(dense["kl"]) < 1e-6
+    for pattern in ("0.5", "2:4"):
+        ppl = {method: rows[method, pattern]["perplexity"] for method in METHODS}
+        assert dense["perplexity"] < ppl["sparsegpt"] < ppl["wanda"] < ppl["magnitude"] < ppl["random"]
+    for row in rows.values():
+        assert row["sparsity"] == 0.5
+        assert row["kl"] > 0
+        assert row["continuation"]
+    assert facts["reload"]["weights"] == "identical"
+
+
+def test_the_embedded_files_are_small_and_ours() -> None:
+    assert sum(file.stat().st_size for file in (HERE / "model").iterdir()) < 2_000_000
+    told = stories()
+    assert len(told) == 60
+    assert len({story[:40] for story in told}) == 60
