@@ -15,13 +15,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmprune import reload_proof
@@ -44,8 +45,25 @@ def check_target(target: Path, overwrite: bool, source: str | None = None, size:
     Raises:
         InputError: it cannot.
     """
-    whole = target.resolve()
-    if source is not None and Path(source).exists():
+    if os.path.islink(target) and not os.path.exists(target):
+        raise InputError(f"output {target} is a link that leads nowhere: choose another folder")
+    try:
+        whole = target.resolve()
+        _check_replaceable(target, whole, overwrite, source)
+        parent = next(p for p in whole.parents if p.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise InputError(f"output {target} cannot be written: {parent} is not a writable folder")
+        with tempfile.TemporaryDirectory(prefix=_hidden_name(whole), dir=parent):
+            free = shutil.disk_usage(parent).free
+    except OSError as error:
+        raise InputError(f"output {target} cannot be written ({error.strerror}): choose another folder") from error
+    if size > free:
+        raise InputError(f"output {target} needs {size / 1e9:.2f} GB, but {parent} has {free / 1e9:.2f} GB free")
+
+
+def _check_replaceable(target: Path, whole: Path, overwrite: bool, source: str | None) -> None:
+    """Nothing is in the target's place that must stay; `whole` is the target without links."""
+    if source is not None and os.path.exists(source):
         origin = Path(source).resolve()
         if whole == origin or whole in origin.parents:
             raise InputError(f"output {target} is or contains the input model {source}: choose another folder")
@@ -56,17 +74,6 @@ def check_target(target: Path, overwrite: bool, source: str | None = None, size:
             raise InputError(f"output {target} exists: choose another folder, or pass --overwrite to replace it")
         if any(target.iterdir()) and not (target / "config.json").is_file():
             raise InputError(f"output {target} exists and is no model folder, so it is not replaced: choose another")
-    parent = next(p for p in whole.parents if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise InputError(f"output {target} cannot be written: {parent} is not a writable folder")
-    try:
-        with tempfile.TemporaryDirectory(prefix=".llmprune-", dir=parent):
-            pass
-    except OSError as error:
-        raise InputError(f"output {target} cannot be written: {error.strerror or error}") from error
-    free = shutil.disk_usage(parent).free
-    if size > free:
-        raise InputError(f"output {target} needs {size / 1e9:.2f} GB, but {parent} has {free / 1e9:.2f} GB free")
 
 
 def save_checkpoint(
@@ -78,7 +85,8 @@ def save_checkpoint(
         InputError: the target cannot be written.
         RuntimeError: the written folder does not reload to the same model; nothing is left behind.
     """
-    check_target(target, overwrite, size=sum(p.numel() * p.element_size() for p in model.parameters()))
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    check_target(target, overwrite, report.model, size)
     with _built_beside(target, overwrite) as folder:
         model.save_pretrained(folder)
         if tokenizer is not None:
@@ -92,28 +100,39 @@ def save_checkpoint(
 @contextmanager
 def _built_beside(target: Path, overwrite: bool) -> Iterator[Path]:
     """A hidden folder on the target's file system that becomes the target if all goes well."""
-    whole = target.absolute()
-    building = whole.with_name(f".{whole.name}.building-{os.getpid()}")
-    retired = whole.with_name(f".{whole.name}.old-{os.getpid()}")
+    whole = target.resolve()  # what a link leads to is replaced, not the link
+    building, retired = (whole.with_name(_hidden_name(whole) + kind) for kind in ("building", "old"))
+    new = [parent for parent in whole.parents if not parent.exists()]
     try:
         whole.parent.mkdir(parents=True, exist_ok=True)
         building.mkdir()
         yield building
+        _check_replaceable(target, whole, overwrite, None)  # it may have come up in the meantime
         if whole.exists():
             whole.rename(retired)
-        try:
-            building.rename(whole)
-        except OSError:
-            if retired.exists():
-                retired.rename(whole)
-            raise
+        building.rename(whole)
     except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "No space" in str(error)
-        what = "the disk is full" if full else str(error)
-        raise InputError(f"output {target} cannot be written ({what}); nothing was left behind") from error
+        what = "the disk is full: make room" if _is_full(error) else str(error)
+        raise InputError(f"output {target} cannot be written, and nothing was left behind; {what}") from error
     finally:
+        if retired.exists() and not whole.exists():
+            retired.rename(whole)
         shutil.rmtree(building, ignore_errors=True)
         shutil.rmtree(retired, ignore_errors=True)
+        for parent in new if not whole.exists() else ():
+            with suppress(OSError):
+                parent.rmdir()
+
+
+def _hidden_name(whole: Path) -> str:
+    """The beginning of the names of what lies beside the target for the time of writing."""
+    return f".{whole.name}.llmprune-{os.getpid()}-"
+
+
+def _is_full(error: OSError | SafetensorError) -> bool:
+    """True for a full disk, a full quota, or the limit on a file's size; safetensors tells by its text alone."""
+    numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return getattr(error, "errno", None) in numbers or any(f"os error {number})" in str(error) for number in numbers)
 
 
 def prove_reload(model: PreTrainedModel, folder: Path) -> dict[str, Any]:
@@ -123,14 +142,12 @@ def prove_reload(model: PreTrainedModel, folder: Path) -> dict[str, Any]:
         What was compared, for the manifest.
 
     Raises:
+        InputError: its logits are not finite, so that there is nothing to compare.
         RuntimeError: it does not load, or not to the same model.
     """
     device = str(model.device)
     tokens = (torch.arange(PROOF_TOKENS) * 7919 % vocabulary_size(model)).view(1, -1)
-    was_training = model.training
-    with torch.no_grad():
-        own = model.eval()(input_ids=tokens.to(device)).logits.float().cpu()
-    model.train(was_training)
+    own = _logits(model, tokens)
     with tempfile.TemporaryDirectory() as scratch:
         question, answer = Path(scratch, "question.safetensors"), Path(scratch, "answer.safetensors")
         save_file({"tokens": tokens}, question)
@@ -160,3 +177,14 @@ def prove_reload(model: PreTrainedModel, folder: Path) -> dict[str, Any]:
     if not difference <= tolerance:
         raise RuntimeError(f"the written model's logits differ from those in memory by {difference:.2g} of their size")
     return {"weights": "identical", "logits_relative_difference": difference, "tokens": PROOF_TOKENS}
+
+
+@torch.no_grad()
+def _logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    """What the model in memory computes, float32 on the CPU."""
+    was_training = model.training
+    logits: Tensor = model.eval()(input_ids=tokens.to(model.device)).logits.float().cpu()
+    model.train(was_training)
+    if not torch.isfinite(logits).all():
+        raise InputError("the pruned model's logits are not finite (NaN or infinity): try --dtype float32")
+    return logits

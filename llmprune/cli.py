@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,10 +20,12 @@ from llmprune.launch import all_ranks
 # Typer brings its own copy of click since 0.24 and uses the installed one before: this is either's UsageError.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
+INTERRUPTED = 130
+"""The exit code of what Ctrl-C has ended: 128 and the number of the signal."""
+
 app = typer.Typer(
     name="llmprune",
     help="One-shot pruning of Hugging Face language models.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -44,6 +47,8 @@ def main() -> None:
     try:
         with all_ranks(), logging_redirect_tqdm():
             code = app(standalone_mode=False)
+            if code == INTERRUPTED:  # Typer has caught it
+                raise KeyboardInterrupt
         sys.exit(code if isinstance(code, int) else 0)
     except UsageError as error:
         describe = getattr(error, "format_message", error.__str__)
@@ -51,24 +56,31 @@ def main() -> None:
     except InputError as error:
         _fail(str(error), debug)
     except (KeyboardInterrupt, typer.Abort):
-        typer.echo("interrupted; nothing was written", err=True)
-        sys.exit(130)
+        if _is_first():
+            typer.echo("llmprune: interrupted; nothing was written", err=True)
+        sys.exit(INTERRUPTED)
 
 
 def _fail(message: str, debug: bool) -> None:
     if debug:
-        raise
-    if int(os.environ.get("RANK", "0")) == 0:
+        traceback.print_exc()
+    if _is_first():
         typer.echo(f"llmprune: {' '.join(message.split())}", err=True)
     sys.exit(2)
 
 
+def _is_first() -> bool:
+    """True on the one process that speaks."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def _configure_logging(debug: bool) -> None:
-    first = int(os.environ.get("RANK", "0")) == 0
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
-    logging.getLogger("llmprune").setLevel((logging.DEBUG if debug else logging.INFO) if first else logging.ERROR)
+    if not debug:
+        transformers_logging.set_verbosity_error()  # what matters of its warnings, this package says in one line
+    logging.getLogger("llmprune").setLevel((logging.DEBUG if debug else logging.INFO) if _is_first() else logging.ERROR)
 
 
 @app.command("prune")
@@ -205,5 +217,5 @@ def demo_command(as_json: Json = False, debug: Debug = False) -> None:
 
 def _out(text: Any) -> None:
     """Print on rank 0; nothing for an empty answer."""
-    if text and int(os.environ.get("RANK", "0")) == 0:
+    if text and _is_first():
         typer.echo(text)

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from llmprune_eval import evaluate
 from llmprune_eval.text import joined_windows, open_text
-from transformers import AutoModelForCausalLM
 
 from llmprune import tables
-from llmprune.calibration import check_vocabulary, window_length
+from llmprune.calibration import check_dataset, check_vocabulary, window_length
 from llmprune.checkpoint import MANIFEST, check_target
 from llmprune.collectives import world
 from llmprune.config import PruneConfig
 from llmprune.errors import InputError
 from llmprune.inspection import inspect_model
-from llmprune.loading import load_config, load_model, load_tokenizer
+from llmprune.loading import empty_model, load_model, load_tokenizer
 from llmprune.planning import make_plan, plan_as_dict
 from llmprune.prune import prune, resolve_device
 from llmprune.report import versions
@@ -33,6 +33,7 @@ def run_prune(model: str, output: Path, config: PruneConfig, overwrite: bool, as
         raise InputError(
             f"method {config.method} needs calibration text: pass --dataset FILE, a Hub name such as c4, or 'self'"
         )
+    check_dataset(config.dataset)
     result = prune(model, config)
     if world()[0] == 0:
         result.save(output, overwrite=overwrite)
@@ -45,17 +46,8 @@ def run_prune(model: str, output: Path, config: PruneConfig, overwrite: bool, as
 
 def show_plan(model: str, config: PruneConfig, as_json: bool) -> str:
     """What a run would do. The model is built from its config, without its weights."""
-    model_config = load_config(model, config.trust_remote_code)
-    with torch.device("meta"):
-        dtype = model_config.dtype if config.dtype == "auto" else getattr(torch, config.dtype)
-        empty = AutoModelForCausalLM.from_config(
-            model_config, dtype=dtype or torch.float32, trust_remote_code=config.trust_remote_code
-        )
-    if config.dataset and (config.dataset.endswith(".npy") or "/" in config.dataset):
-        path = Path(config.dataset.partition(":")[2] or config.dataset)
-        if path.suffix and not path.is_file():
-            raise InputError(f"dataset '{path}' does not exist")
-    plan = make_plan(empty, config)
+    check_dataset(config.dataset)
+    plan = make_plan(empty_model(model, config.dtype, config.trust_remote_code), config)
     return json.dumps(plan_as_dict(plan, config), indent=1) if as_json else tables.plan_text(plan, config)
 
 
@@ -77,19 +69,20 @@ def run_eval(
         raise InputError("--batch-size and --num-samples must be at least 1")
     if dataset == "self" or dataset.endswith(".npy"):
         raise InputError(f"--dataset {dataset}: evaluation needs text (.txt, .jsonl, .parquet, or a Hub name)")
-    place = resolve_device(device)
+    place, source = resolve_device(device), open_text(dataset, "test")
     loaded = load_model(model, dtype, trust_remote_code, place)
     tokenizer = load_tokenizer(model, trust_remote_code) or (against and load_tokenizer(against, trust_remote_code))
     if tokenizer is None:
         raise InputError(f"{model} has no tokenizer: copy the dense model's tokenizer files into it")
     length = window_length(loaded, max_seq_length)
-    source = open_text(dataset, "test")
     texts = source.read(length * num_samples) if num_samples else list(source.texts)
     windows = joined_windows(texts, source.protocol.joiner, tokenizer, length)[:num_samples]
     if not len(windows):
         raise InputError(f"{dataset} is shorter than one window of {length} tokens: use a smaller --max-seq-length")
     check_vocabulary(loaded, windows, dataset)
     dense = load_model(against, dtype, trust_remote_code, place) if against else None
+    if dense is not None:
+        window_length(dense, length)
     scores = evaluate(loaded, windows, against=dense, batch_size=batch_size)
     protocol = {
         "dataset": dataset,
@@ -103,21 +96,29 @@ def run_eval(
         "measure": "exp of the mean token negative log-likelihood, non-overlapping windows",
     }
     facts: dict[str, Any] = {"model": model, "against": against, **scores.as_dict(), "protocol": protocol}
-    return json.dumps({**facts, "versions": versions()}, indent=1) if as_json else tables.evaluation_text(facts)
+    if not as_json:
+        return tables.evaluation_text(facts)
+    finite = {k: None if v == math.inf else v for k, v in facts.items()}  # JSON has no infinity
+    return json.dumps({**finite, "versions": versions()}, indent=1)
 
 
 def run_inspect(folder: str, as_json: bool) -> str:
     """Sparsity and pattern of every site of a saved model, and its manifest."""
-    path = Path(folder)
+    manifest = _read_manifest(Path(folder) / MANIFEST)
     facts = inspect_model(load_model(folder))
-    manifest = None
-    if (path / MANIFEST).is_file():
-        try:
-            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise InputError(
-                f"{path / MANIFEST} is damaged ({error}): delete it to inspect the weights alone"
-            ) from error
     if as_json:
         return json.dumps({"folder": folder, **facts, "manifest": manifest}, indent=1)
     return tables.inspection_text(folder, facts, manifest)
+
+
+def _read_manifest(path: Path) -> dict[str, Any] | None:
+    """What was written beside the weights, or None if nothing was."""
+    if not os.path.isfile(path):
+        return None
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is damaged ({error}): delete it to inspect the weights alone") from error
+    if not isinstance(manifest, dict) or not all(isinstance(manifest.get(k), dict) for k in ("config", "versions")):
+        raise InputError(f"{path} is no manifest of llmprune: delete it to inspect the weights alone")
+    return manifest

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from llmprune.criteria import Criterion, criterion
 from llmprune.errors import InputError
+from llmprune.loading import check_dtype
 from llmprune.patterns import Pattern, parse_pattern
-
-DTYPES = ("auto", "float32", "float16", "bfloat16")
-DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")
 
 
 @dataclass(frozen=True)
@@ -64,10 +63,10 @@ class PruneConfig:
             raise InputError(f"max_seq_length is {self.max_seq_length}: at least 2 tokens are needed")
         if self.num_holdout_samples < 0:
             raise InputError(f"num_holdout_samples is {self.num_holdout_samples}: give 0 or more")
-        if self.dtype not in DTYPES:
-            raise InputError(f"dtype '{self.dtype}' is unknown: use one of {', '.join(DTYPES)}")
-        if self.device.split(":")[0] not in DEVICES:
-            raise InputError(f"device '{self.device}' is unknown: use auto, cpu, cuda or cuda:N")
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"seed is {self.seed}: give a number from 0 to 2^63 - 1")
+        check_dtype(self.dtype)
+        check_device(self.device)
         for name in ("ignore", "targets"):
             if isinstance(getattr(self, name), str):
                 raise InputError(f"{name} is one string: give a list of patterns")
@@ -84,3 +83,9 @@ class PruneConfig:
     def as_dict(self) -> dict[str, Any]:
         """For the manifest."""
         return asdict(self)
+
+
+def check_device(name: str) -> None:
+    """Raise InputError for what cannot be the name of a device."""
+    if not re.fullmatch(r"auto|cpu|(cuda|mps|xpu)(:\d+)?", name):
+        raise InputError(f"device '{name}' is unknown: use auto, cpu, cuda or cuda:N")

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
@@ -16,6 +21,10 @@ from transformers.models.auto.modeling_auto import (
 
 from llmprune.errors import InputError
 
+log = logging.getLogger(__name__)
+
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -25,17 +34,14 @@ def load_config(name: str, trust_remote_code: bool = False) -> Any:
     Raises:
         InputError: there is none, or it is of another kind.
     """
-    folder = Path(name)
-    if not folder.exists() and _looks_like_a_path(name):
+    if not os.path.exists(name) and _looks_like_a_path(name):
         raise InputError(f"model '{name}' does not exist: give a folder with a Hugging Face checkpoint")
-    if folder.is_file():
+    if os.path.isfile(name):
         raise InputError(f"model '{name}' is a file: give the folder with its config.json and weights")
-    if folder.exists() and not (folder / "config.json").is_file():
+    if os.path.exists(name) and not Path(name, "config.json").is_file():
         raise InputError(f"{name} has no config.json: give a folder with a Hugging Face checkpoint")
-    try:
+    with _opening(name):
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(_cannot_open(name, error)) from error
     _check_kind(name, config, trust_remote_code)
     return config
 
@@ -48,30 +54,57 @@ def load_model(
     Raises:
         InputError: it cannot be opened, lacks weights, or holds NaN or infinity.
     """
+    check_dtype(dtype)
     load_config(name, trust_remote_code)
     if Path(name).is_dir():
         check_weight_files(Path(name))
-    try:
+    with _opening(name):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
         )
-    except (OSError, ValueError, SafetensorError, RuntimeError) as error:
-        raise InputError(_cannot_open(name, error)) from error
     model, info = loaded
-    missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info.get("mismatched_keys", ()))
+    missing = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     if missing:
         raise InputError(
             f"{name} does not hold {missing[0]} in the shape its config asks for ({len(missing)} such weights): "
             "the checkpoint is incomplete or its config belongs to another model"
         )
+    unused = sorted(info["unexpected_keys"])
+    if unused:
+        log.warning("%s: %s has no place for %d of its weights (%s, ...): they are left out", name,
+                    type(model).__name__, len(unused), unused[0])  # fmt: skip
     assert isinstance(model, PreTrainedModel)
     check_finite(model)
     place: Any = model.eval()
     return model if device is None else cast(PreTrainedModel, place.to(device))
+
+
+def empty_model(name: str, dtype: str = "auto", trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model that a config describes, without weights: all parameters are on the meta device.
+
+    Raises:
+        InputError: there is no such model, or its config makes no sense.
+    """
+    check_dtype(dtype)
+    config = load_config(name, trust_remote_code)
+    own = config.dtype or torch.float32
+    with _opening(name), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=own if dtype == "auto" else getattr(torch, dtype), trust_remote_code=trust_remote_code
+        )
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def check_dtype(name: str) -> None:
+    """Raise InputError for a name of no dtype."""
+    if name not in DTYPES:
+        raise InputError(f"dtype '{name}' is unknown: use one of {', '.join(DTYPES)}")
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any | None:
@@ -81,8 +114,11 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any | None:
         return None
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"the tokenizer of {name} cannot be opened: {_first_line(error)}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        raise InputError(
+            f"the tokenizer of {name} cannot be opened ({_reason(error)}): copy the tokenizer files of the original "
+            "model again"
+        ) from error
 
 
 def check_finite(model: PreTrainedModel) -> None:
@@ -91,7 +127,10 @@ def check_finite(model: PreTrainedModel) -> None:
         if parameter.is_meta:
             raise InputError(f"{name} is not in memory (offloaded): load the model on the CPU, without a device map")
         if parameter.is_floating_point() and not torch.isfinite(parameter).all():
-            raise InputError(f"{name} holds NaN or infinity: the checkpoint is damaged")
+            raise InputError(
+                f"{name} holds NaN or infinity: the checkpoint is damaged (download it again), or overflows in "
+                f"{parameter.dtype} (try another --dtype)"
+            )
 
 
 def check_weight_files(folder: Path) -> None:
@@ -104,22 +143,28 @@ def check_weight_files(folder: Path) -> None:
                 f"{folder} holds its weights as a pickle ({pickles[0]}), which can run code when opened: convert it to "
                 "safetensors first (save_pretrained of a current transformers does)"
             )
-        raise InputError(f"{folder} holds no weights: model.safetensors is missing")
+        raise InputError(f"{folder} holds no weights: {WEIGHTS} is missing")
     for file in files:
         try:
             with safe_open(file, framework="pt"):
                 pass
         except (SafetensorError, OSError) as error:
-            raise InputError(f"{file} is truncated or damaged ({_first_line(error)}): download it again") from error
-    index = folder / "model.safetensors.index.json"
-    if index.is_file() and not (folder / "model.safetensors").is_file():
-        try:
-            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError) as error:
-            raise InputError(f"{index} is damaged ({_first_line(error)}): download it again") from error
-        absent = sorted(shard for shard in shards if not (folder / shard).is_file())
-        if absent:
-            raise InputError(f"{folder} lacks {absent[0]} ({len(absent)} of {len(shards)} shards): download it again")
+            raise InputError(f"{file} is truncated or damaged ({_reason(error)}): download it again") from error
+    if not (folder / WEIGHTS).is_file():
+        _check_shards(folder)
+
+
+def _check_shards(folder: Path) -> None:
+    index = folder / INDEX
+    if not index.is_file():
+        raise InputError(f"{folder} holds neither {WEIGHTS} nor {INDEX}: download what is missing")
+    try:
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        absent = [shard for shard in shards if not Path(folder, shard).is_file()]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{index} is damaged ({_reason(error)}): download it again") from error
+    if absent:
+        raise InputError(f"{folder} lacks {absent[0]} ({len(absent)} of {len(shards)} shards): download it again")
 
 
 def _check_kind(name: str, config: Any, trust_remote_code: bool) -> None:
@@ -142,14 +187,28 @@ def _looks_like_a_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or ("/" in name and Path(name).parent.exists())
 
 
-def _cannot_open(name: str, error: Exception) -> str:
-    reason = _first_line(error)
-    if Path(name).exists():
-        return f"{name} cannot be opened: {reason}"
-    return (
-        f"model '{name}' is no local folder and cannot be had from the Hub ({reason}): pass the path of a local folder"
-    )
+@contextmanager
+def _opening(name: str) -> Iterator[None]:
+    """Whatever transformers raises about a checkpoint or its config, as one line."""
+    try:
+        yield
+    except (
+        OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, ZeroDivisionError,
+        SafetensorError, StrictDataclassError,
+    ) as error:  # fmt: skip
+        reason = _reason(error)
+        if os.path.exists(name):
+            raise InputError(f"{name} cannot be opened ({reason}): give a whole Hugging Face checkpoint") from error
+        raise InputError(
+            f"model '{name}' is no local folder and cannot be had from the Hub ({reason}): pass the path of a local "
+            "folder"
+        ) from error
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _reason(error: Exception) -> str:
+    """The first line of what an exception says, or the line that matters."""
+    if isinstance(error, StrictDataclassError):
+        return " ".join(str(error).split()).rstrip(".")
+    if isinstance(error, KeyError):
+        return f"{error} is missing or unknown"
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -60,7 +60,7 @@ class Observer:
 
     def _begin_inputs(self) -> None:
         # The tensors themselves are kept until the pass ends: a freed one's address could come back.
-        self._inputs: dict[tuple[int, int, int], tuple[Site, Tensor]] = {}
+        self._inputs: dict[tuple[object, ...], tuple[Site, Tensor]] = {}
         self._seen: set[Site] = set()
         self._norm_outputs.clear()
 
@@ -99,7 +99,7 @@ class Observer:
             self._norm_outputs[output.untyped_storage().data_ptr()] = output
 
     def _saw(self, site: Site, x: Tensor) -> None:
-        key = (x.data_ptr(), x.numel(), x._version)
+        key = (x.data_ptr(), x.shape, x.stride(), x._version)
         known = site in self._leader
         leader = self._leader.setdefault(site, self._inputs.get(key, (site, x))[0])
         if leader is site:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from llmprune.biases import add_biases_
 from llmprune.calibration import Calibration, check_vocabulary, load_windows, window_length
 from llmprune.checkpoint import save_checkpoint
 from llmprune.collectives import from_rank_zero, gathered, gathered_objects, world
-from llmprune.config import PruneConfig
+from llmprune.config import PruneConfig, check_device
 from llmprune.criteria import Criterion, Pruned
 from llmprune.errors import InputError
 from llmprune.loading import check_finite, load_model, load_tokenizer
@@ -74,8 +75,8 @@ def prune(
     device: torch.device | None = resolve_device(config.device)
     name = str(model) if isinstance(model, (str, Path)) else (model.name_or_path or type(model).__name__)
     if isinstance(model, (str, Path)):
-        tokenizer = tokenizer or load_tokenizer(str(model), config.trust_remote_code)
-        model = load_model(str(model), config.dtype, config.trust_remote_code)
+        model = load_model(name, config.dtype, config.trust_remote_code)
+        tokenizer = tokenizer or load_tokenizer(name, config.trust_remote_code)
     check_finite(model)
     if getattr(model, "hf_device_map", None) or (config.device == "auto" and model.device.type != "cpu"):
         device = None  # the blocks compute where they are
@@ -123,6 +124,7 @@ def _prune_planned(
     _check_ranks_agree(plan)
     if report.loss_before is not None and calibration is not None:
         report.loss_after = loss(model, plan.blocks, calibration.holdout, batch_size=config.batch_size, device=device)
+        _check_loss(report.loss_before + report.loss_after)
     report.seconds = _seconds(report, time.perf_counter() - start)
     report.peak_memory = peak_memory()
     return report
@@ -156,8 +158,9 @@ def resolve_device(name: str) -> torch.device:
     """The device of this rank; joins the process group when started by `accelerate launch` or torchrun.
 
     Raises:
-        InputError: CUDA is asked for and there is none.
+        InputError: there is no such device.
     """
+    check_device(name)
     kind = name.split(":")[0]
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
@@ -184,11 +187,13 @@ def _calibration(
     if tokens is None:
         loaded = load_windows(config, model, tokenizer)
     else:
-        if tokens.ndim != 2 or tokens.numel() == 0 or tokens.is_floating_point():
-            raise InputError(f"tokens are {tokens.dtype} {tuple(tokens.shape)}: integer ids [n, seqlen] are wanted")
-        window_length(model, tokens.shape[1])
         held = tokens[:0] if holdout is None else holdout
-        for name, windows in (("tokens", tokens), ("holdout", held)):
+        for name, windows, least in (("tokens", tokens, 1), ("holdout", held, 0)):
+            if windows.ndim != 2 or len(windows) < least or windows.is_floating_point():
+                raise InputError(
+                    f"{name} are {windows.dtype} {tuple(windows.shape)}: integer ids [n, seqlen] are wanted"
+                )
+            window_length(model, windows.shape[1])
             check_vocabulary(model, windows, name)
         loaded = Calibration(tokens.long().cpu(), held.long().cpu(), {"dataset": "given as tensors"})
     return Calibration(from_rank_zero(loaded.windows), from_rank_zero(loaded.holdout), loaded.origin)
@@ -200,6 +205,15 @@ def _check_ranks_agree(plan: Plan) -> None:
         sums = {site.name: site.weight.double().sum().item() for site in all_sites(plan.blocks)}
         if any(other != sums for other in gathered_objects(sums)):
             raise RuntimeError("the processes hold different weights after pruning; please report this")
+
+
+def _check_loss(value: float) -> None:
+    """The walk has found every block in order, so that NaN or infinity can only come from behind the blocks."""
+    if not math.isfinite(value):
+        raise InputError(
+            "the loss on the held-out windows is not finite (NaN or infinity): the model's head is broken or overflows "
+            "in this dtype; try --dtype float32"
+        )
 
 
 def _figures(block: BlockReport) -> str:

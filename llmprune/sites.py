@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from llmprune.errors import InputError
 from llmprune.inputs import InputStatistics
+from llmprune.unprunable import find_routers, is_matrix, why_not
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -168,11 +169,11 @@ def survey(model: PreTrainedModel, targets: Sequence[str] = (), ignore: Sequence
     blocks = []
     for name, module in find_blocks(model):
         block = Block(name, module, [], [])
-        experts = _expert_count(module, model)
+        routers = find_routers(module)
         for path, owner in module.named_modules():
             full = f"{name}.{path}" if path else name
             for key, parameter in owner.named_parameters(recurse=False):
-                _place(block, full, owner, key, parameter, experts, targets, ignore, used)
+                _place(block, full, owner, key, parameter, routers, targets, ignore, used)
         blocks.append(block)
     unused = [pattern for pattern in (*targets, *ignore) if pattern not in used]
     if unused:
@@ -192,19 +193,19 @@ def _place(
     owner: nn.Module,
     key: str,
     parameter: nn.Parameter,
-    experts: set[int],
+    routers: set[int],
     targets: Sequence[str],
     ignore: Sequence[str],
     used: set[str],
 ) -> None:
     """Put one parameter among the block's sites or among what is skipped; small vectors are neither."""
-    if parameter.ndim < 2 or (key.endswith("_bias") and parameter.ndim == 2):
+    if not is_matrix(key, parameter):
         return
     linear = isinstance(owner, (nn.Linear, Conv1D))
     name = path if linear else f"{path}.{key}"
     ignored = _matches(name, owner, ignore, used)
     targeted = _matches(name, owner, targets, used) or not targets
-    reason = _not_prunable(owner, parameter, experts)
+    reason = why_not(owner, parameter, routers)
     if reason is None and ignored:
         reason = "ignored as asked"
     elif reason is None and not targeted:
@@ -226,26 +227,6 @@ def _place(
             f"{name} {tuple(parameter.shape)} in {type(owner).__name__} is not understood as a linear map: "
             f"leave it unpruned with --ignore {name}"
         )
-
-
-def _not_prunable(owner: nn.Module, parameter: nn.Parameter, experts: set[int]) -> str | None:
-    """Why a parameter is never pruned, or None."""
-    if isinstance(owner, nn.Embedding):
-        return "an embedding"
-    if isinstance(owner, (nn.Conv1d, nn.Conv2d)):
-        return "a convolution"
-    if isinstance(owner, nn.Linear) and (len(parameter) == 1 or len(parameter) in experts):
-        return "a router or gate"
-    if parameter.ndim == 2 and not isinstance(owner, (nn.Linear, Conv1D)) and len(parameter) in experts:
-        return "a router"
-    return None
-
-
-def _expert_count(block: nn.Module, model: PreTrainedModel) -> set[int]:
-    """The number of experts of a block, as its fused parameters or its module lists show it."""
-    fused = {len(p) for m in block.modules() if hasattr(m, "is_transposed") for p in m.parameters() if p.ndim == 3}
-    lists = {len(m) for name, m in block.named_modules() if isinstance(m, nn.ModuleList) and "expert" in name}
-    return fused | lists
 
 
 def _matches(name: str, owner: nn.Module, patterns: Sequence[str], used: set[str]) -> bool:

@@ -17,6 +17,8 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from llmprune.errors import InputError
+
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of one call of a block, the hidden states left out."""
 
@@ -32,15 +34,20 @@ class Stream:
         """Embed token windows [n, seqlen] and record the arguments of every block.
 
         `model` must be in eval mode; n may be 0.
+
+        Raises:
+            InputError: the blocks are no chain that hands on hidden states and nothing else.
         """
         self._model, self._blocks = model, list(blocks)
         self._batches: list[Tensor] = list(windows.split(batch_size)) if len(windows) else []
         self.hidden: list[Tensor] = []
         self._arguments: list[list[Arguments]] = [[] for _ in self._blocks]  # [block][micro-batch]
-        self._tuples: dict[type[nn.Module], bool] = {}
+        self._further: dict[type[nn.Module], tuple[Any, ...] | None] = {}  # outputs behind the hidden states
         with replaced_forwards(self._blocks, self._recorder):
-            for batch in self._batches:
+            for number, batch in enumerate(self._batches, start=1):
                 self._model.base_model(input_ids=batch.to(_embedding_device(model)), use_cache=False)
+                self._check_calls(number)
+        self._further = {kind: rest if rest is None else (None,) * len(rest) for kind, rest in self._further.items()}
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -50,18 +57,41 @@ class Stream:
         first = next(iter(inspect.signature(forward).parameters))
 
         def record(*args: Any, **kwargs: Any) -> Any:
-            if type(block) not in self._tuples:
+            if type(block) not in self._further:
                 output = forward(*args, **kwargs)
-                self._tuples[type(block)] = isinstance(output, tuple)
+                self._further[type(block)] = output[1:] if isinstance(output, tuple) else None
+            self._check_handed_on(block, (*args, *kwargs.values()))
             hidden, rest = (args[0], args[1:]) if args else (kwargs.pop(first), ())
             recorded: Arguments = send_to_device((rest, kwargs), "cpu")
             earlier = self._arguments[index]
             self._arguments[index].append(_interned(recorded, earlier[-1]) if earlier else recorded)
             if index == 0:
                 self.hidden.append(hidden.to("cpu"))
-            return (hidden,) if self._tuples[type(block)] else hidden
+            return self._as_output(block, hidden)
 
         return record
+
+    def _as_output(self, block: nn.Module, hidden: Tensor) -> Any:
+        """The hidden states in the shape in which such a block returns them: a tensor or a tuple."""
+        further = self._further[type(block)]
+        return hidden if further is None else (hidden, *further)
+
+    def _check_handed_on(self, block: nn.Module, arguments: Sequence[Any]) -> None:
+        """Raise InputError if a block is given what another returned beside the hidden states: a replay lacks it."""
+        for item in (item for further in self._further.values() for item in further or ()):
+            if isinstance(item, Tensor) and any(argument is item for argument in arguments):
+                raise InputError(
+                    f"{type(block).__name__} takes more than hidden states from the block before: "
+                    "such models are not supported"
+                )
+
+    def _check_calls(self, batches: int) -> None:
+        """Raise InputError unless every block has run once in each of so many micro-batches."""
+        for block, calls in zip(self._blocks, self._arguments, strict=True):
+            if len(calls) != batches:
+                raise InputError(
+                    f"{type(block).__name__} does not run exactly once in a forward pass: such models are not supported"
+                )
 
     def run(self, index: int, batch: int) -> Tensor:
         """Run block `index` on micro-batch `batch`; the result is on the block's device."""
@@ -88,7 +118,7 @@ class Stream:
             def skip(*args: Any, **kwargs: Any) -> Any:
                 given: Tensor = args[0] if args else next(iter(kwargs.values()))
                 output = self.hidden[batch].to(given.device) if index == last else given
-                return (output,) if self._tuples[type(self._blocks[index])] else output
+                return self._as_output(self._blocks[index], output)
 
             return skip
 

@@ -16,7 +16,7 @@ PACKAGES = {"llmprune": ROOT / "llmprune", "llmprune_eval": ROOT / "eval", "llmp
 LAYERS = (
     {"errors", "collectives", "reload_proof"},
     {"moments", "gram", "patterns"},
-    {"inputs", "sites", "biases", "stream", "loading"},
+    {"inputs", "sites", "biases", "stream", "loading", "unprunable"},
     {"observe", "walk", "criteria", "config", "report"},
     {"calibration", "planning", "checkpoint", "inspection", "tables"},
     {"prune", "launch"},

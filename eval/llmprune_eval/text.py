@@ -8,6 +8,7 @@ named dataset's protocol. Windows are always full; no padding.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,7 +106,7 @@ def open_text(spec: str, split: str) -> TextSource:
     name, _, path = spec.partition(":")
     if name in NAMED and path:
         return TextSource(spec, NAMED[name], _read_file(Path(path), NAMED[name].lines))
-    if Path(spec).exists() or spec.endswith((*SUFFIXES, ".npy", ".json", ".csv")):
+    if os.path.exists(spec) or spec.endswith((*SUFFIXES, ".npy", ".json", ".csv")):
         return TextSource(spec, Protocol(), _read_file(Path(spec), False))
     if spec in NAMED:
         hub = NAMED[spec].hub
@@ -133,7 +134,7 @@ def joined_windows(texts: Iterable[str], joiner: str, tokenizer: Any, length: in
 
 
 def _read_file(path: Path, lines: bool) -> Iterator[str]:
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InputError(f"dataset '{path}' does not exist or is no file: give a path to a {', '.join(SUFFIXES)} file")
     if path.suffix not in SUFFIXES:
         raise InputError(f"{path} is of an unknown kind: use {', '.join(SUFFIXES)}")
@@ -153,30 +154,34 @@ def _read_txt(path: Path, lines: bool) -> Iterator[str]:
                 # The Hub's WikiText rows: a line with its line feed, an empty string for a blank one.
                 yield line if line.strip() else ""
     except (UnicodeDecodeError, OSError) as error:
-        raise InputError(f"{path} cannot be read as UTF-8 text: {error}") from error
+        raise InputError(f"{path} cannot be read as UTF-8 text ({error}): convert it to UTF-8") from error
 
 
 def _read_jsonl(path: Path, lines: bool) -> Iterator[str]:
     try:
         with path.open(encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                try:
-                    record = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise InputError(
-                        f"{path}, line {number} is broken JSON ({error.msg}): every line must be an object with a "
-                        'field "text"'
-                    ) from error
-                text = record.get("text") if isinstance(record, dict) else None
-                if not isinstance(text, str):
-                    raise InputError(
-                        f'{path}, line {number} has no string field "text": every line must look like {{"text": "..."}}'
-                    )
-                yield text
+                if line.strip():
+                    yield _text_of(line, f"{path}, line {number}")
     except (UnicodeDecodeError, OSError) as error:
-        raise InputError(f"{path} cannot be read as UTF-8 text: {error}") from error
+        raise InputError(f"{path} cannot be read as UTF-8 text ({error}): convert it to UTF-8") from error
+
+
+def _text_of(line: str, where: str) -> str:
+    """The field "text" of one line of JSON."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        reason = getattr(error, "msg", error)
+        raise InputError(f'{where} is broken JSON ({reason}): every line must look like {{"text": "..."}}') from error
+    text = record.get("text") if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        raise InputError(f'{where} has no string field "text": every line must look like {{"text": "..."}}')
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{where} holds half of a surrogate pair: repair the line or drop it") from error
+    return text
 
 
 def _read_parquet(path: Path, lines: bool) -> Iterator[str]:
@@ -188,9 +193,13 @@ def _read_parquet(path: Path, lines: bool) -> Iterator[str]:
         if "text" not in file.schema_arrow.names:
             raise InputError(f'{path} has no column "text" but {file.schema_arrow.names}: rename the column')
         for batch in file.iter_batches(columns=["text"]):
-            yield from (str(text) for text in batch.column(0).to_pylist() if text is not None)
+            for text in batch.column(0).to_pylist():
+                if not isinstance(text, str | None):
+                    raise InputError(f'{path} holds {type(text).__name__} in its column "text": strings are wanted')
+                if text is not None:
+                    yield text
     except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{path} cannot be read as parquet: {error}") from error
+        raise InputError(f"{path} cannot be read as parquet ({error}): write or download it again") from error
 
 
 def _read_hub(name: str, arguments: dict[str, Any]) -> Iterator[str]:

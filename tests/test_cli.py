@@ -1,0 +1,325 @@
+"""The command line on tiny models: what goes in by every door, and what comes out by every other."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from broken import tree, words
+from safetensors.torch import load_file
+from tiny import make_llama
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from llmprune import checkpoint
+from llmprune.criteria import methods
+from llmprune.demo import run as demo
+
+Cli = Callable[..., tuple[int, str, str]]
+
+LENGTH = 16
+TEXT = words(400)
+IDS = torch.tensor([int(word[1:]) for word in TEXT.split()])
+WINDOWS = IDS.view(-1, LENGTH)
+ROLES = "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj mlp.gate_proj mlp.up_proj mlp.down_proj"
+SITES = [f"model.layers.{i}.{role}" for i in range(3) for role in ROLES.split()]
+
+
+@pytest.fixture
+def ok(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Run a command that must succeed; returns what it prints."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> str:
+        code, out, err = cli(*arguments)
+        assert code == 0, err
+        return out
+
+    return run
+
+
+Ok = Callable[..., str]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """The same text in every format."""
+    third = len(TEXT) // 3
+    cuts = [0, TEXT.index(" ", third), TEXT.index(" ", 2 * third), len(TEXT)]
+    texts = [TEXT[start:end].strip() for start, end in pairwise(cuts)]
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "a.txt").write_text(TEXT)
+    (folder / "a.jsonl").write_text("".join(json.dumps({"id": 1, "text": text}) + "\n\n" for text in texts))
+    pyarrow.parquet.write_table(pyarrow.table({"id": [1, 2, 3], "text": texts}), folder / "a.parquet")
+    np.save(folder / "a.npy", WINDOWS.numpy().astype(np.uint16))
+    return folder
+
+
+def strict_json(text: str) -> Any:
+    """Without Python's own NaN and Infinity, which are no JSON."""
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def digest(windows: Tensor) -> str:
+    return hashlib.sha256(windows.numpy().astype("<i8").tobytes()).hexdigest()
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def pruned_sites(folder: Path) -> list[str]:
+    """Names of the matrices with any zero in them."""
+    state = weights(folder)
+    return [name for name in SITES if bool((state[f"{name}.weight"] == 0).any())]
+
+
+@pytest.mark.usefixtures("unproved")
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet", "a.npy"])
+def test_calibration_data_of_every_kind(name: str, dense: Path, data: Path, tmp_path: Path, ok: Ok) -> None:
+    out = ok("prune", dense, "-o", "out", "--dataset", data / name, "--max-seq-length", LENGTH, "--nsamples", 10,
+             "--num-holdout-samples", 4, "--seed", 3, "--json")  # fmt: skip
+    facts = strict_json(out)
+    drawn = torch.from_numpy(np.random.default_rng(3).permutation(len(WINDOWS)))
+    wanted = WINDOWS[:10] if name == "a.npy" else WINDOWS[drawn[:10]]
+    assert facts["calibration"]["sha256"] == digest(wanted)
+    assert facts["calibration"]["windows_used"] == 10
+    assert facts["calibration"]["seqlen"] == LENGTH
+    assert facts["calibration"]["holdout"] == (0 if name == "a.npy" else 4)
+    assert (facts["perplexity_after"] is None) == (name == "a.npy")
+    state = weights(tmp_path / "out")
+    for site in SITES:
+        weight = state[f"{site}.weight"]
+        assert ((weight == 0).sum(1) == weight.shape[1] // 2).all()
+    manifest = strict_json((tmp_path / "out" / "llmprune.json").read_text())
+    assert {key: value for key, value in facts.items() if key != "output"}.items() <= manifest.items()
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+
+
+@pytest.mark.usefixtures("unproved")
+def test_text_that_the_model_writes(saved_llama: Path, tmp_path: Path, ok: Ok) -> None:
+    command = ("--dataset", "self", "--max-seq-length", LENGTH, "--nsamples", 5, "--num-holdout-samples", 2, "--json")
+    first = strict_json(ok("prune", saved_llama, "-o", "out", *command))["calibration"]
+    assert (first["windows_used"], first["seqlen"], first["holdout"]) == (5, LENGTH, 2)
+    again = strict_json(ok("prune", saved_llama, "-o", "again", *command))["calibration"]
+    other = strict_json(ok("prune", saved_llama, "-o", "other", *command, "--seed", 1))["calibration"]
+    assert first["sha256"] == again["sha256"] != other["sha256"]
+
+
+@pytest.mark.usefixtures("unproved")
+def test_the_names_of_the_papers_scripts(dense: Path, data: Path, tmp_path: Path, ok: Ok) -> None:
+    rest = ("--dataset", data / "a.npy", "--json")
+    old = ok("prune", dense, "--save_model", "old", "--prune_method", "magnitude", "--sparsity_ratio", 0.5,
+             "--sparsity_type", "2:4", "--nsamples", 7, *rest)  # fmt: skip
+    new = ok("prune", dense, "--output", "new", "--method", "magnitude", "--sparsity", 0.5, "--pattern", "2:4",
+             "--num-calibration-samples", 7, *rest)  # fmt: skip
+    assert strict_json(old)["config"] == strict_json(new)["config"]
+    assert strict_json(old)["config"]["num_calibration_samples"] == 7
+    assert strict_json(old)["config"]["pattern"] == "2:4"
+    assert all(torch.equal(a, weights(tmp_path / "new")[name]) for name, a in weights(tmp_path / "old").items())
+
+
+def test_a_dry_run_needs_no_weights_and_touches_nothing(dense: Path, data: Path, tmp_path: Path, ok: Ok) -> None:
+    (dense / "model.safetensors").unlink()
+    before = tree(tmp_path)
+    command = ("prune", dense, "--dry-run", "--ignore", "down_proj", "--sparsity", 0.25, "--dataset", data / "a.txt")
+    out = ok(*command, "-o", "out")
+    for part in ("model.layers.*.self_attn.q_proj", "32 x 32", "3 x down_proj: ignored as asked",
+                 "lm_head", "1.67 forward passes", "128 windows of 64 tokens", "GB hidden states",
+                 "nothing was touched"):  # fmt: skip
+        assert part in out
+    facts = strict_json(ok(*command, "--json"))
+    assert tree(tmp_path) == before
+
+    model = make_llama()
+    decoder = sum(p.numel() for p in model.get_submodule("model.layers").parameters())
+    assert [site["name"] for site in facts["sites"]] == [name for name in SITES if "down_proj" not in name]
+    assert {tuple(site["shape"]) for site in facts["sites"]} == {(32, 32), (16, 32), (68, 32)}
+    share = 3 * (2 * 32 * 32 + 2 * 16 * 32 + 2 * 68 * 32) / decoder
+    assert facts["decoder_parameters"] == decoder
+    assert facts["model_parameters"] == sum(p.numel() for p in model.parameters())
+    assert facts["share_of_decoder_at_sites"] == pytest.approx(share)
+    assert facts["share_of_decoder_pruned"] == pytest.approx(share / 4)
+    assert [skipped["name"] for skipped in facts["skipped"]] == [name for name in SITES if "down_proj" in name]
+    assert facts["passes"] == pytest.approx(2 - 1 / 3)
+    assert facts["memory_bytes"]["weights"] == 4 * facts["model_parameters"]
+    assert facts["memory_bytes"]["hidden states"] == 128 * 64 * 32 * 4
+
+
+@pytest.mark.usefixtures("unproved")
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ("", r".*"),
+        ("--ignore down_proj --ignore layers.1.mlp.up_proj", r"(?!.*down_proj|.*1\.mlp\.up_proj)"),
+        ("--targets q_proj --targets mlp.up_proj", r".*(q_proj|up_proj)"),
+        ("--targets model.layers.2.self_attn.q_proj", r"model\.layers\.2\.self_attn\.q_proj"),
+        (r"--targets re:.*\.[02]\.mlp", r".*\.[02]\.mlp"),
+        (r"--ignore re:model\.layers\.1\.", r"(?!model\.layers\.1\.)"),
+        ("--targets Linear --ignore self_attn.o_proj", r"(?!.*o_proj)"),
+    ],
+)
+def test_targets_and_ignore(options: str, wanted: str, dense: Path, tmp_path: Path, ok: Ok) -> None:
+    out = ok("prune", dense, "-o", "out", "--method", "magnitude", "--json", *options.split())
+    chosen = [name for name in SITES if re.match(wanted, name)]
+    assert chosen
+    assert pruned_sites(tmp_path / "out") == chosen
+    facts = strict_json(out)
+    assert [site["name"] for block in facts["blocks"] for site in block["sites"]] == chosen
+    assert [skipped["name"] for skipped in facts["skipped"]] == [name for name in SITES if name not in chosen]
+    before = weights(dense)
+    for name, weight in weights(tmp_path / "out").items():
+        assert torch.equal(weight, before[name]) == (name.removesuffix(".weight") not in chosen)
+
+
+@pytest.mark.usefixtures("unproved")
+@pytest.mark.parametrize("method", methods())
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_the_dtype_is_kept(dtype: str, method: str, data: Path, tmp_path: Path, ok: Ok) -> None:
+    model: Any = make_llama()
+    model.to(getattr(torch, dtype)).save_pretrained(tmp_path / "half")
+    ok("prune", "half", "-o", "out", "--method", method, "--pattern", "2:4", "--dataset", data / "a.npy")
+    assert {weight.dtype for weight in weights(tmp_path / "out").values()} == {getattr(torch, dtype)}
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == dtype
+    assert pruned_sites(tmp_path / "out") == SITES
+
+
+@pytest.mark.usefixtures("unproved")
+def test_another_dtype_is_asked_for(dense: Path, tmp_path: Path, ok: Ok) -> None:
+    ok("prune", dense, "-o", "out", "--method", "magnitude", "--dtype", "bfloat16")
+    assert {weight.dtype for weight in weights(tmp_path / "out").values()} == {torch.bfloat16}
+
+
+def test_a_model_without_tokenizer_is_proved_and_replaced(
+    saved_llama: Path, data: Path, tmp_path: Path, ok: Ok, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("prune", saved_llama, "-o", "out", "--dataset", data / "a.npy")
+    with monkeypatch.context() as patch:  # one proof will do
+        patch.setattr(checkpoint, "prove_reload", lambda model, folder: {})
+        table = ok(*command)
+    for part in ("wanda, 0.5; weights compete within a row", "model.layers.2", "50.00%", "saved", "reloaded"):
+        assert part in table
+    facts = strict_json(ok(*command, "--overwrite", "--sparsity", 0.75, "--json"))
+    manifest = strict_json((tmp_path / "out" / "llmprune.json").read_text())
+    assert manifest["reload"]["weights"] == "identical"
+    assert manifest["sparsity"] == facts["sparsity"] == 0.75
+    assert not list((tmp_path / "out").glob("tokenizer*"))
+    assert {path.name for path in tmp_path.iterdir()} == {"data", "dense", "out"}
+
+
+def test_the_methods_are_listed(ok: Ok) -> None:
+    table, facts = ok("methods"), strict_json(ok("methods", "--json"))
+    assert list(facts) == list(methods())
+    assert {"magnitude", "random", "ria", "sparsegpt", "stade", "stade-w", "wanda"} <= facts.keys()
+    for (name, method), line in zip(methods().items(), table.splitlines(), strict=True):
+        assert line.startswith(name)
+        assert method.summary in line
+        assert facts[name] == {"summary": method.summary, "source": method.source, "group": method.group}
+
+
+def test_help_names_every_command(ok: Ok) -> None:
+    out = ok("--help")
+    assert all(name in out for name in ("prune", "eval", "inspect", "methods", "demo"))
+    assert "--dataset" in ok("prune", "--help")
+
+
+@pytest.mark.usefixtures("unproved")
+@pytest.mark.parametrize(("options", "pattern", "sparsity"), [
+    ("--pattern 2:4", "2:4", 0.5), ("--pattern 1:4", "1:4", 0.75), ("--sparsity 0.25", "unstructured", 0.25),
+])  # fmt: skip
+def test_inspect_shows_what_is_there(
+    options: str, pattern: str, sparsity: float, dense: Path, data: Path, ok: Ok
+) -> None:
+    ok("prune", dense, "-o", "out", "--method", "wanda", "--dataset", data / "a.npy", *options.split())
+    facts = strict_json(ok("inspect", "out", "--json"))
+    assert facts["patterns"] == [pattern]
+    assert facts["sparsity"] == pytest.approx(sparsity)
+    assert [site["name"] for site in facts["sites"]] == SITES
+    assert {site["sparsity"] for site in facts["sites"]} == {sparsity}
+    assert facts["manifest"]["config"]["method"] == "wanda"
+    table = ok("inspect", "out")
+    for part in (SITES[-1], "32 x 68", f"{sparsity:.2%}", pattern, "manifest    wanda", f"seed 0, from {dense}"):
+        assert part in table
+
+
+def test_inspect_of_a_dense_model(dense: Path, ok: Ok) -> None:
+    facts = strict_json(ok("inspect", dense, "--json"))
+    assert (facts["sparsity"], facts["patterns"], facts["manifest"]) == (0, ["dense"], None)
+    assert "not written by llmprune" in ok("inspect", dense)
+
+
+def log_probabilities(folder: Path, windows: Tensor) -> Tensor:
+    """Of the next token, in float64, one window at a time."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    with torch.no_grad():
+        return torch.stack([model(window[None]).logits[0, :-1].log_softmax(-1) for window in windows])
+
+
+@pytest.mark.usefixtures("unproved")
+def test_eval_against_a_computation_in_float64(dense: Path, data: Path, tmp_path: Path, ok: Ok) -> None:
+    ok("prune", dense, "-o", "out", "--method", "magnitude")
+    command = ("--dataset", data / "a.txt", "--max-seq-length", LENGTH, "--batch-size", 4)
+    alone = strict_json(ok("eval", "out", *command, "--json"))
+    both = strict_json(ok("eval", "out", "--against", dense, *command, "--json"))
+
+    own, reference = (log_probabilities(folder, WINDOWS) for folder in (tmp_path / "out", dense))
+    labels = WINDOWS[:, 1:, None]
+    perplexity, dense_perplexity = (p.gather(-1, labels).mean().neg().exp().item() for p in (own, reference))
+    assert alone["perplexity"] == both["perplexity"] == pytest.approx(perplexity, rel=1e-5)
+    assert both["dense_perplexity"] == pytest.approx(dense_perplexity, rel=1e-5)
+    kl = (reference.exp() * (reference - own)).sum(-1).mean().item()
+    assert both["kl"] == pytest.approx(kl, rel=1e-4)
+    assert both["top1_agreement"] == (own.argmax(-1) == reference.argmax(-1)).double().mean().item()
+    assert "kl" not in alone
+    assert alone["tokens"] == 25 * (LENGTH - 1)
+    protocol = alone["protocol"]
+    assert (protocol["windows"], protocol["window"], protocol["dtype"]) == (25, LENGTH, "float32")
+    assert protocol["first_tokens"] == IDS[:4].tolist()
+
+    table = ok("eval", "out", "--against", dense, *command)
+    for part in (
+        f"{both['perplexity']:.4f}",
+        f"{both['dense_perplexity']:.4f}",
+        "KL to dense",
+        "same top-1",
+        "25 non-overlapping",
+    ):
+        assert part in table
+
+
+def test_eval_of_a_model_against_itself(dense: Path, data: Path, ok: Ok) -> None:
+    facts = json.loads(
+        ok("eval", dense, "--against", dense, "--dataset", data / "a.jsonl", "--num-samples", 3, "--json")
+    )
+    assert (facts["kl"], facts["top1_agreement"], facts["windows"]) == (0.0, 1.0, 3)
+    assert facts["perplexity"] == facts["dense_perplexity"]
+
+
+@pytest.mark.usefixtures("unproved")
+def test_eval_borrows_the_tokenizer_of_the_dense_model(dense: Path, data: Path, tmp_path: Path, ok: Ok) -> None:
+    make_llama().save_pretrained(tmp_path / "bare")
+    facts = strict_json(ok("eval", "bare", "--against", dense, "--dataset", data / "a.parquet", "--json"))
+    assert facts["windows"] == 400 // 64
+
+
+@pytest.mark.usefixtures("unproved")
+def test_the_demo_speaks_json(ok: Ok, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "METHODS", ("magnitude",))
+    monkeypatch.setattr(demo, "PATTERNS", ("2:4",))
+    facts = strict_json(ok("demo", "--json"))
+    assert [(row["method"], row["pattern"]) for row in facts["rows"]] == [("dense", ""), ("magnitude", "2:4")]
