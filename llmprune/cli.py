@@ -31,6 +31,31 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+Model = Annotated[str, typer.Argument(help="A model folder or Hub name.")]
+Output = Annotated[Path | None, typer.Option("-o", "--output", "--save_model", help="Folder for the pruned model.")]
+Method = Annotated[str, typer.Option("--method", "--prune_method", help="See `llmprune methods`.")]
+Sparsity = Annotated[
+    float | None, typer.Option("--sparsity", "--sparsity_ratio", help="Share of the weights to prune [0.5].")
+]
+PatternName = Annotated[
+    str,
+    typer.Option("--pattern", "--sparsity_type", help="unstructured, row, matrix, or n:m (n of m KEPT), such as 2:4."),
+]
+Calibration = Annotated[
+    str | None,
+    typer.Option(
+        "--dataset",
+        help="Calibration text: FILE (.txt .jsonl .parquet), windows (.npy), c4, wikitext2, owner/name, c4:FILE, "
+        "wikitext2:FILE, or self (the model writes it).",
+    ),
+]
+Samples = Annotated[int, typer.Option("--num-calibration-samples", "--nsamples", help="Token windows.")]
+Holdout = Annotated[int, typer.Option("--num-holdout-samples", help="Windows kept aside to measure the loss on.")]
+Seed = Annotated[int, typer.Option("--seed", help="For the choice of windows and random pruning.")]
+Ignore = Annotated[list[str] | None, typer.Option("--ignore", help="Leave alone: end of a name, class, re:EXPRESSION.")]
+Targets = Annotated[list[str] | None, typer.Option("--targets", help="Prune only these.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and touch nothing.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Length = Annotated[int | None, typer.Option("--max-seq-length", help="Tokens per window [min(2048, positions)].")]
@@ -46,7 +71,7 @@ def main() -> None:
     _configure_logging(debug)
     try:
         with all_ranks(), logging_redirect_tqdm():
-            code = app(standalone_mode=False)
+            code = app(args=spread(sys.argv[1:]), standalone_mode=False)
             if code == INTERRUPTED:  # Typer has caught it
                 raise KeyboardInterrupt
         sys.exit(code if isinstance(code, int) else 0)
@@ -59,6 +84,21 @@ def main() -> None:
         if _is_first():
             typer.echo("llmprune: interrupted; nothing was written", err=True)
         sys.exit(INTERRUPTED)
+
+
+def spread(words: list[str]) -> list[str]:
+    """`--ignore A B` as `--ignore A --ignore B`, where the model stands first and cannot be meant by B."""
+    if len(words) < 2 or words[1].startswith("-"):
+        return words
+    done: list[str] = []
+    option = ""  # the many-valued option that later words belong to, once it has its first
+    for word in words:
+        if option and not word.startswith("-") and done[-1] != option:
+            done.append(option)
+        elif word.startswith("-"):
+            option = word if word in ("--ignore", "--targets") else ""
+        done.append(word)
+    return done
 
 
 def _fail(message: str, debug: bool) -> None:
@@ -85,41 +125,24 @@ def _configure_logging(debug: bool) -> None:
 
 @app.command("prune")
 def prune_command(
-    model: Annotated[str, typer.Argument(help="A model folder or Hub name.")],
-    output: Annotated[
-        Path | None, typer.Option("-o", "--output", "--save_model", help="Folder for the pruned model.")
-    ] = None,
-    method: Annotated[str, typer.Option("--method", "--prune_method", help="See `llmprune methods`.")] = "wanda",
-    sparsity: Annotated[
-        float | None, typer.Option("--sparsity", "--sparsity_ratio", help="Share of the weights to prune [0.5].")
-    ] = None,
-    pattern: Annotated[
-        str,
-        typer.Option(
-            "--pattern", "--sparsity_type", help="unstructured, row, matrix, or n:m (n of m KEPT), such as 2:4."
-        ),
-    ] = "unstructured",
-    dataset: Annotated[
-        str | None,
-        typer.Option(
-            help="Calibration text: FILE (.txt .jsonl .parquet), windows (.npy), c4, wikitext2, owner/name, c4:FILE, "
-            "wikitext2:FILE, or self (the model writes it)."
-        ),
-    ] = None,
-    num_calibration_samples: Annotated[
-        int, typer.Option("--num-calibration-samples", "--nsamples", help="Token windows.")
-    ] = 128,
-    num_holdout_samples: Annotated[int, typer.Option(help="Windows kept aside to measure the loss on.")] = 8,
+    model: Model,
+    output: Output = None,
+    method: Method = "wanda",
+    sparsity: Sparsity = None,
+    pattern: PatternName = "unstructured",
+    dataset: Calibration = None,
+    num_calibration_samples: Samples = 128,
+    num_holdout_samples: Holdout = 8,
     max_seq_length: Length = None,
     batch_size: Batch = 8,
-    seed: Annotated[int, typer.Option(help="For the choice of windows and random pruning.")] = 0,
-    ignore: Annotated[list[str] | None, typer.Option(help="Leave alone: end of a name, class, re:EXPRESSION.")] = None,
-    targets: Annotated[list[str] | None, typer.Option(help="Prune only these.")] = None,
+    seed: Seed = 0,
+    ignore: Ignore = None,
+    targets: Targets = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     trust_remote_code: Remote = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and touch nothing.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")] = False,
+    dry_run: DryRun = False,
+    overwrite: Overwrite = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -153,7 +176,7 @@ def prune_command(
 
 @app.command("eval")
 def eval_command(
-    model: Annotated[str, typer.Argument(help="A model folder or Hub name.")],
+    model: Model,
     dataset: Annotated[str, typer.Option(help="FILE, wikitext2, c4, owner/name, wikitext2:FILE or c4:FILE.")],
     against: Annotated[str | None, typer.Option(help="The dense model, for divergence from it.")] = None,
     max_seq_length: Length = None,

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from llmprune import checkpoint
+from llmprune.cli import spread
 from llmprune.criteria import methods
 from llmprune.demo import run as demo
 
@@ -323,3 +324,17 @@ def test_the_demo_speaks_json(ok: Ok, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "PATTERNS", ("2:4",))
     facts = strict_json(ok("demo", "--json"))
     assert [(row["method"], row["pattern"]) for row in facts["rows"]] == [("dense", ""), ("magnitude", "2:4")]
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ("prune M --ignore a b -o O", "prune M --ignore a --ignore b -o O"),
+        ("prune M --ignore a --targets b c d", "prune M --ignore a --targets b --targets c --targets d"),
+        ("prune M --ignore a --ignore b", "prune M --ignore a --ignore b"),
+        ("prune --ignore a M", "prune --ignore a M"),
+        ("methods", "methods"),
+    ],
+)
+def test_several_patterns_may_follow_one_option(given: str, wanted: str) -> None:
+    assert spread(given.split()) == wanted.split()
