@@ -15,8 +15,8 @@ from torch import Tensor
 from llmprune.collectives import summed_
 from llmprune.errors import InputError
 
-STRIPS = 8
-NARROWEST = 128
+SMALLEST = 128
+"""Width below which the lower half is computed too: splitting further costs more than it saves."""
 
 
 @contextmanager
@@ -33,8 +33,8 @@ def full_float32() -> Iterator[None]:
 class Gram:
     """G = X^T X over all tokens fed to `update`.
 
-    The matrix is symmetric, so only the strips from the diagonal on are accumulated: little more than half of
-    the product's work. (numpy would call syrk for it, but its threads and torch's get in each other's way.)
+    The matrix is symmetric, so only its upper half is accumulated, in squares that are as large as they can be.
+    (numpy would call syrk for it, but its threads and torch's get in each other's way.)
 
     Attributes:
         count: number of tokens seen.
@@ -50,11 +50,8 @@ class Gram:
         """Add the tokens x [n, in]."""
         self.count += len(x)
         self._whole = self._factor = None
-        width = self._upper.shape[0]
-        strip = max(width // STRIPS, NARROWEST)
         with full_float32():
-            for a in range(0, width, strip):
-                self._upper[a : a + strip, a:].addmm_(x[:, a : a + strip].T, x[:, a:])
+            _add_upper_product(self._upper, x)
 
     def merge(self, other: Gram) -> None:
         """Add everything that `other` has seen."""
@@ -100,6 +97,18 @@ class Gram:
         if self._factor is None or self._factor[0] != damping:
             self._factor = (damping, *_inverse_factor(self.matrix, damping))
         return self._factor[1:]
+
+
+def _add_upper_product(upper: Tensor, x: Tensor) -> None:
+    """Add X^T X to `upper` [in, in] in place, at least from the diagonal on; x is [n, in]."""
+    width = x.shape[1]
+    if width <= SMALLEST:
+        upper.addmm_(x.T, x)
+        return
+    half = width // 2
+    _add_upper_product(upper[:half, :half], x[:, :half])
+    _add_upper_product(upper[half:, half:], x[:, half:])
+    upper[:half, half:].addmm_(x[:, :half].T, x[:, half:])
 
 
 def _inverse_factor(gram: Tensor, damping: float) -> tuple[Tensor, float]:

@@ -75,17 +75,15 @@ def _column_blocks(width: int, pattern: Pattern) -> list[tuple[int, int]]:
 def _prune_columns(W: Tensor, keep: Tensor, U: Tensor, start: int, stop: int, pattern: Pattern) -> Tensor:
     """Prune columns [start, stop) of W [in, out] in place; returns their errors [stop - start, out]."""
     block, kept, factor = W[start:stop], keep[start:stop], U[start:stop, start:stop]
-    diagonal = factor.diagonal().clone()
-    if isinstance(pattern, Unstructured):
-        scores = (block / diagonal[:, None]).square().T
-        kept.copy_(pattern.keep(scores, "matrix").T)
-    errors = torch.zeros_like(block)
-    for j in range(stop - start):
-        if isinstance(pattern, NM) and j % pattern.m == 0:
-            group = slice(j, j + pattern.m)
-            scores = (block[group] / diagonal[group, None]).square().T
-            kept[group] = pattern.keep(scores).T
-        error = block[j].masked_fill(kept[j], 0.0).div_(diagonal[j])
-        block[j:].addr_(factor[j, j:], error, alpha=-1)
-        errors[j] = error
+    diagonal = factor.diagonal()[:, None].clone()
+    size = pattern.m if isinstance(pattern, NM) else stop - start
+    errors = torch.empty_like(block)
+    for group in (slice(j, min(j + size, stop - start)) for j in range(0, stop - start, size)):
+        # Decided on the weights as they are by now.
+        scores = (block[group] / diagonal[group]).square().T
+        kept[group] = pattern.keep(scores, "matrix").T
+        share = (~kept[group]).float() / diagonal[group]  # what of a weight becomes error: 1 / U_jj or nothing
+        for j in range(group.start, group.stop):
+            torch.mul(block[j], share[j - group.start], out=errors[j])
+            block[j + 1 :].addr_(factor[j, j + 1 :], errors[j], alpha=-1)
     return errors
