@@ -28,7 +28,7 @@ from llmprune.report import peak_memory, versions
 from llmprune.tables import table
 
 RESULTS = Path(__file__).resolve().parent / "results"
-METHODS = ("magnitude", "wanda", "stade", "sparsegpt")
+METHODS = ("wanda", "stade", "sparsegpt")
 WINDOWS, LENGTH, BATCH, TURNS = 128, 512, 8, 3
 PHASES = ("collect", "prune", "propagate", "other")
 FIELDS = (
@@ -102,12 +102,12 @@ def measure(method: str, pattern: str) -> dict[str, Any]:
 def show(rows: list[dict[str, Any]]) -> str:
     """The table: where the time goes, in units of the dense forward pass."""
     cells = [
-        (r["method"], r["pattern"], f"{r['dense_seconds']:.1f}", f"{r['prune_seconds']:.1f}", f"{r['ratio']:.2f}",
+        (r["method"], f"{r['dense_seconds']:.1f}", f"{r['prune_seconds']:.1f}", f"{r['ratio']:.2f}",
          f"{r['ratio_min']:.2f}-{r['ratio_max']:.2f}", *(f"{r[p] / r['dense_seconds']:.3f}" for p in PHASES),
          f"{r['peak_rss_gb']:.2f}")
         for r in rows
     ]  # fmt: skip
-    columns = ("method", "pattern", "dense s", "prune s", "ratio", "range", *PHASES, "RSS GB")
+    columns = ("method", "dense s", "prune s", "ratio", "range", *PHASES, "RSS GB")
     title = f"{WINDOWS} windows of {LENGTH} tokens; phases in units of the dense pass; medians of {TURNS}"
     return table(title, columns, cells)
 

@@ -133,11 +133,16 @@ def check_vocabulary(model: PreTrainedModel, windows: Tensor, name: str) -> None
 
 
 def _split(windows: Tensor, config: PruneConfig, origin: dict[str, Any]) -> Calibration:
-    """The first windows calibrate, later ones are held out; a short text goes to calibration first."""
+    """The first windows calibrate, the others are held out; of a short text an eighth at most is held out."""
     wanted = config.num_calibration_samples
-    if len(windows) < wanted:
-        log.warning("the text gives %d windows of the %d asked for; all are used", len(windows), wanted)
-    return Calibration(windows[:wanted].clone(), windows[wanted:].clone(), origin)
+    held_out = min(config.num_holdout_samples, max(len(windows) - wanted, len(windows) // 8))
+    used = min(wanted, len(windows) - held_out)
+    if used < wanted:
+        log.warning(
+            "the text gives %d windows: %d calibrate (%d were asked for), %d are held out",
+            len(windows), used, wanted, held_out,
+        )  # fmt: skip
+    return Calibration(windows[:used].clone(), windows[used : used + held_out].clone(), origin)
 
 
 def _check_npy(path: Path) -> None:

@@ -109,17 +109,22 @@ def test_the_windows_do_not_depend_on_how_many_are_held_out(llama: PreTrainedMod
 
 
 @pytest.mark.parametrize("protocol", ["", "c4:"])
-def test_a_short_text_is_used_whole_for_calibration_with_a_warning(
+def test_of_a_short_text_an_eighth_is_held_out_with_a_warning(
     protocol: str, llama: PreTrainedModel, plain: Path, documents: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     dataset, available = (f"c4:{documents}", 20) if protocol else (plain, 62)
     with caplog.at_level(logging.WARNING, logger="llmprune"):
-        calibration = load_windows(config(dataset, 200), llama, Letters())
-        assert calibration.windows.shape == (available, LENGTH) and len(calibration.holdout) == 0
-        assert f"{available} windows of the 200 asked for" in caplog.text
+        none_left = load_windows(config(dataset, 200, 0), llama, Letters())
+        assert none_left.windows.shape == (available, LENGTH) and len(none_left.holdout) == 0
+        assert f"{available} windows: {available} calibrate (200 were asked for)" in caplog.text
+        short = load_windows(config(dataset, available - 1, 9), llama, Letters())
+        eighth = available // 8
+        assert len(short.windows) == available - eighth and len(short.holdout) == eighth
+        found = texts_of(torch.cat([short.windows, short.holdout]))
+        assert len(set(found)) == available
         caplog.clear()
-        part = load_windows(config(dataset, available - 1, 9), llama, Letters())
-        assert len(part.windows) == available - 1 and len(part.holdout) == 1 and not caplog.text
+        enough = load_windows(config(dataset, available - 9, 9), llama, Letters())
+        assert len(enough.windows) == available - 9 and len(enough.holdout) == 9 and not caplog.text
 
 
 @pytest.mark.parametrize("protocol", ["", "c4:", "wikitext2:"])

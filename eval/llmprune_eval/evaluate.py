@@ -72,12 +72,13 @@ def evaluate(
             labels = batch[:, 1:].flatten()
             logits = _logits(model, batch)
             dense = _logits(against, batch) if against is not None else None
-            for rows in torch.arange(len(labels)).split(ROWS):
-                own = F.log_softmax(logits[rows].float(), dim=-1)
+            for first in range(0, len(labels), ROWS):
+                rows = slice(first, first + ROWS)
+                own = F.log_softmax(logits[rows], dim=-1, dtype=torch.float32)
                 wanted = labels[rows].to(own.device)
                 nll += F.nll_loss(own, wanted, reduction="sum").item()
                 if dense is not None:
-                    reference = F.log_softmax(dense[rows].float(), dim=-1).to(own.device)
+                    reference = F.log_softmax(dense[rows], dim=-1, dtype=torch.float32).to(own.device)
                     dense_nll += F.nll_loss(reference, wanted, reduction="sum").item()
                     kl += (reference.exp() * (reference - own)).sum().item()
                     same += (reference.argmax(-1) == own.argmax(-1)).sum().item()
