@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import platform
-import resource
 import sys
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import Any
 
+import psutil
 import torch
 
 SCHEMA = 1
@@ -176,5 +176,10 @@ def versions() -> dict[str, str]:
 
 def peak_memory() -> int:
     """Peak resident set size of this process in bytes."""
+    if sys.platform == "win32":
+        windows: int = psutil.Process().memory_info().peak_wset
+        return windows
+    import resource  # not on Windows
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
