@@ -66,7 +66,7 @@ class Stream:
             earlier = self._arguments[index]
             self._arguments[index].append(_interned(recorded, earlier[-1]) if earlier else recorded)
             if index == 0:
-                self.hidden.append(hidden.to("cpu"))
+                self.hidden.append(hidden.to("cpu", copy=True))  # ours alone: the walk writes to it
             return self._as_output(block, hidden)
 
         return record
