@@ -2,7 +2,7 @@
 
 A random Llama of 25M parameters, 128 windows of 512 tokens, batches of 8. Each method runs in a process of
 its own (so that the peak memory is its own), dense forward pass and pruning in turn, three times; ratios are
-taken within a turn. Rows go to eval/results/bench.csv, the table to the terminal and to bench.md.
+taken within a turn. Rows go to eval/results/bench.csv, the table to the terminal.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from llmprune.report import peak_memory, versions
 from llmprune.tables import table
 
 RESULTS = Path(__file__).resolve().parent / "results"
-METHODS = ("wanda", "stade", "sparsegpt")
+METHODS = ("wanda", "sparsegpt", "stade")
 WINDOWS, LENGTH, BATCH, TURNS = 128, 512, 8, 3
 PHASES = ("collect", "prune", "propagate", "other")
 FIELDS = (
@@ -112,6 +112,18 @@ def show(rows: list[dict[str, Any]]) -> str:
     return table(title, columns, cells)
 
 
+def record(row: dict[str, Any]) -> None:
+    """Add a row to bench.csv."""
+    path = RESULTS / "bench.csv"
+    RESULTS.mkdir(exist_ok=True)
+    fresh = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, FIELDS)
+        if fresh:
+            writer.writeheader()
+        writer.writerow(row)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time pruning against a dense forward pass.")
     parser.add_argument("--method", action="append")
@@ -126,16 +138,8 @@ def main() -> None:
         command = [sys.executable, __file__, "--child", "--method", method, "--pattern", chosen.pattern]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         rows.append(json.loads(done.stdout.splitlines()[-1]))
-        print(show(rows[-1:]), flush=True)
-    path = RESULTS / "bench.csv"
-    RESULTS.mkdir(exist_ok=True)
-    fresh = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        if fresh:
-            writer.writeheader()
-        writer.writerows(rows)
-    print(show(rows))
+        record(rows[-1])
+        print(show(rows), flush=True)
 
 
 if __name__ == "__main__":
