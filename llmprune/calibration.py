@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -22,6 +20,7 @@ from transformers import PreTrainedModel
 
 from llmprune.config import PruneConfig
 from llmprune.errors import InputError
+from llmprune.ready_windows import check_npy, read_npy
 
 log = logging.getLogger(__name__)
 
@@ -78,12 +77,12 @@ def window_length(model: PreTrainedModel, asked: int | None) -> int:
     return asked
 
 
-def check_dataset(spec: str | None) -> None:
+def check_dataset(spec: str | None, split: str = "train") -> None:
     """Raise InputError for a dataset that is not there, without reading any; None and Hub names pass."""
     if spec is not None and spec.endswith(".npy"):
-        _check_npy(Path(spec))
+        check_npy(Path(spec))
     elif spec not in (None, "self"):
-        open_text(spec, "train")
+        open_text(spec, split)
 
 
 def load_windows(config: PruneConfig, model: PreTrainedModel, tokenizer: Any | None) -> Calibration:
@@ -95,24 +94,24 @@ def load_windows(config: PruneConfig, model: PreTrainedModel, tokenizer: Any | N
     spec = config.dataset
     if spec is None:
         raise InputError("no calibration data: pass --dataset FILE, a Hub name, or 'self'")
+    origin: dict[str, Any]
     if spec.endswith(".npy"):
-        windows = _ready_windows(Path(spec), config)
+        windows = read_npy(Path(spec), config.max_seq_length)
         window_length(model, windows.shape[1])
-        calibration = Calibration(windows, windows[:0], {"dataset": spec, "windows": "ready, in order"})
+        origin = {"dataset": spec, "windows": "ready, in order"}
     else:
         length = window_length(model, config.max_seq_length)
         wanted = config.num_calibration_samples + config.num_holdout_samples
         if spec == "self":
-            windows, origin = _written_by_model(model, tokenizer, wanted, length, config), {"dataset": "self"}
+            windows = _written_by_model(model, tokenizer, wanted, length, config)
+            origin = {"dataset": "self", "windows": "sampled from the model"}
         else:
             if tokenizer is None:
                 raise InputError(f"the model has no tokenizer to read {spec} with: pass ready token windows as .npy")
             source = open_text(spec, "train")
             windows, origin = _text_windows(source, tokenizer, wanted, length, config.seed), source.describe()
-        calibration = _split(windows, config, origin)
-    for windows in (calibration.windows, calibration.holdout):
-        check_vocabulary(model, windows, spec)
-    return calibration
+    check_vocabulary(model, windows, spec)
+    return _split(windows, config, origin, ready=spec.endswith(".npy"))
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:
@@ -132,40 +131,21 @@ def check_vocabulary(model: PreTrainedModel, windows: Tensor, name: str) -> None
         )
 
 
-def _split(windows: Tensor, config: PruneConfig, origin: dict[str, Any]) -> Calibration:
-    """The first windows calibrate, the others are held out; of a short text an eighth at most is held out."""
+def _split(windows: Tensor, config: PruneConfig, origin: dict[str, Any], ready: bool) -> Calibration:
+    """The first windows calibrate, the next are held out.
+
+    Of a text too short for both an eighth at most is held out; of `ready` windows only what is left over.
+    """
     wanted = config.num_calibration_samples
-    held_out = min(config.num_holdout_samples, max(len(windows) - wanted, len(windows) // 8))
+    spare = max(len(windows) - wanted, 0 if ready else len(windows) // 8)
+    held_out = min(config.num_holdout_samples, spare)
     used = min(wanted, len(windows) - held_out)
     if used < wanted:
         log.warning(
-            "the text gives %d windows: %d calibrate (%d were asked for), %d are held out",
-            len(windows), used, wanted, held_out,
+            "%s gives %d windows: %d calibrate (%d were asked for), %d are held out",
+            origin["dataset"], len(windows), used, wanted, held_out,
         )  # fmt: skip
     return Calibration(windows[:used].clone(), windows[used : used + held_out].clone(), origin)
-
-
-def _check_npy(path: Path) -> None:
-    if not os.path.isfile(path):
-        raise InputError(f"dataset '{path}' does not exist: give a .npy file of token ids [n, seqlen]")
-
-
-def _ready_windows(path: Path, config: PruneConfig) -> Tensor:
-    _check_npy(path)
-    try:
-        array = np.lib.format.open_memmap(path, mode="r")  # never unpickles, never unzips
-    except (ValueError, EOFError, OSError, SyntaxError, TokenError) as error:
-        raise InputError(
-            f"{path} cannot be read as .npy ({error}): write integer token ids [n, seqlen] with numpy.save"
-        ) from error
-    if array.ndim != 2 or not np.issubdtype(array.dtype, np.integer):
-        raise InputError(f"{path} holds {array.dtype} {array.shape}: integer token ids [n, seqlen] are wanted")
-    if array.shape[0] < 1 or array.shape[1] < 2:
-        raise InputError(f"{path} holds windows of shape {array.shape}: at least one of two tokens is wanted")
-    length = config.max_seq_length or array.shape[1]
-    if length > array.shape[1]:
-        raise InputError(f"{path} holds windows of {array.shape[1]} tokens, shorter than --max-seq-length {length}")
-    return torch.from_numpy(array[: config.num_calibration_samples, :length].astype(np.int64))
 
 
 def _text_windows(source: TextSource, tokenizer: Any, wanted: int, length: int, seed: int) -> Tensor:

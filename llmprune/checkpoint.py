@@ -71,7 +71,9 @@ def _check_replaceable(target: Path, whole: Path, overwrite: bool, source: str |
         if not target.is_dir():
             raise InputError(f"output {target} is a file: give a folder that does not exist yet")
         if not overwrite:
-            raise InputError(f"output {target} exists: choose another folder, or pass --overwrite to replace it")
+            raise InputError(
+                f"output {target} exists: choose another folder, or pass --overwrite (overwrite=True) to replace it"
+            )
         if any(target.iterdir()) and not (target / "config.json").is_file():
             raise InputError(f"output {target} exists and is no model folder, so it is not replaced: choose another")
 

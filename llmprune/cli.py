@@ -52,7 +52,9 @@ Calibration = Annotated[
 Samples = Annotated[int, typer.Option("--num-calibration-samples", "--nsamples", help="Token windows.")]
 Holdout = Annotated[int, typer.Option("--num-holdout-samples", help="Windows kept aside to measure the loss on.")]
 Seed = Annotated[int, typer.Option("--seed", help="For the choice of windows and random pruning.")]
-Ignore = Annotated[list[str] | None, typer.Option("--ignore", help="Leave alone: end of a name, class, re:EXPRESSION.")]
+Ignore = Annotated[
+    list[str] | None, typer.Option("--ignore", help="Leave alone: part of a name, class, re:EXPRESSION.")
+]
 Targets = Annotated[list[str] | None, typer.Option("--targets", help="Prune only these.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and touch nothing.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")]
@@ -177,7 +179,9 @@ def prune_command(
 @app.command("eval")
 def eval_command(
     model: Model,
-    dataset: Annotated[str, typer.Option(help="FILE, wikitext2, c4, owner/name, wikitext2:FILE or c4:FILE.")],
+    dataset: Annotated[
+        str, typer.Option(help="FILE (also .npy), wikitext2, c4, owner/name, wikitext2:FILE or c4:FILE.")
+    ],
     against: Annotated[str | None, typer.Option(help="The dense model, for divergence from it.")] = None,
     max_seq_length: Length = None,
     num_samples: Annotated[int | None, typer.Option(help="Only the first so many windows.")] = None,

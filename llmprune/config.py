@@ -26,7 +26,7 @@ class PruneConfig:
         max_seq_length: tokens per window; None means min(2048, the model's positions).
         batch_size: windows per forward pass.
         seed: for the choice of windows and for random pruning.
-        ignore: patterns of what to leave alone (end of a name, class name, "re:EXPRESSION").
+        ignore: patterns of what to leave alone (dotted part of a name, class name, "re:EXPRESSION").
         targets: patterns of what to prune; empty means every site.
         device: where the block at work computes: "auto", "cpu", "cuda", "cuda:1", ...
         dtype: in which dtype the model is loaded and saved: "auto" is the checkpoint's own.

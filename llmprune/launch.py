@@ -30,13 +30,13 @@ def all_ranks() -> Iterator[None]:
     """
     missing = _missing_ranks()
     started = [_start_rank(rank) for rank in range(1, missing + 1)]
+    finished = False
     try:
         yield
-    except BaseException:
-        for process in started:
-            process.terminate()
-        raise
+        finished = True
     finally:
+        for process in started if not finished else ():
+            process.terminate()
         for process in started:
             process.wait()
 

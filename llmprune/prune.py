@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -26,6 +25,7 @@ from llmprune.errors import InputError
 from llmprune.loading import check_finite, load_model, load_tokenizer
 from llmprune.patterns import Pattern
 from llmprune.planning import Plan, make_plan
+from llmprune.ready_windows import Windows, as_windows
 from llmprune.report import BlockReport, Report, SiteReport, peak_memory
 from llmprune.sites import Site, all_sites
 from llmprune.walk import Visit, loss, walk
@@ -50,13 +50,14 @@ class PruneResult:
         return save_checkpoint(self.model, Path(directory), self.report, self.tokenizer, overwrite=overwrite)
 
 
+@torch.inference_mode(False)  # its tensors keep no versions, by which shared inputs are told apart
 def prune(
     model: PreTrainedModel | str | Path,
     config: PruneConfig | None = None,
     *,
     tokenizer: Any | None = None,
-    tokens: Tensor | None = None,
-    holdout: Tensor | None = None,
+    tokens: Windows | None = None,
+    holdout: Windows | None = None,
 ) -> PruneResult:
     """Prune a causal language model in place.
 
@@ -64,7 +65,7 @@ def prune(
         model: a model object, or a folder or Hub name to load.
         config: what to do; the default is Wanda at 50 %.
         tokenizer: needed to read text with a model object; loaded along with a folder.
-        tokens: calibration windows [n, seqlen], instead of the config's dataset.
+        tokens: calibration windows [n, seqlen] (tensor, array or lists of ids), instead of the config's dataset.
         holdout: windows [k, seqlen] to measure the loss before and after on, beside `tokens`.
 
     Raises:
@@ -178,8 +179,8 @@ def _calibration(
     model: PreTrainedModel,
     config: PruneConfig,
     tokenizer: Any | None,
-    tokens: Tensor | None,
-    holdout: Tensor | None,
+    tokens: Windows | None,
+    holdout: Windows | None,
 ) -> Calibration | None:
     """The windows to use, the same on every rank; None for a method that needs none and was given none."""
     if tokens is None and config.dataset is None and not config.make_criterion().needs:
@@ -187,15 +188,12 @@ def _calibration(
     if tokens is None:
         loaded = load_windows(config, model, tokenizer)
     else:
-        held = tokens[:0] if holdout is None else holdout
-        for name, windows, least in (("tokens", tokens, 1), ("holdout", held, 0)):
-            if windows.ndim != 2 or len(windows) < least or windows.is_floating_point():
-                raise InputError(
-                    f"{name} are {windows.dtype} {tuple(windows.shape)}: integer ids [n, seqlen] are wanted"
-                )
-            window_length(model, windows.shape[1])
-            check_vocabulary(model, windows, name)
-        loaded = Calibration(tokens.long().cpu(), held.long().cpu(), {"dataset": "given as tensors"})
+        windows = as_windows(tokens, "tokens")
+        held = windows[:0] if holdout is None else as_windows(holdout, "holdout", least=0)
+        for name, given in (("tokens", windows), ("holdout", held)):
+            window_length(model, given.shape[1])
+            check_vocabulary(model, given, name)
+        loaded = Calibration(windows, held, {"dataset": "given as tensors"})
     return Calibration(from_rank_zero(loaded.windows), from_rank_zero(loaded.holdout), loaded.origin)
 
 

@@ -13,7 +13,7 @@ import psutil
 import torch
 
 SCHEMA = 1
-COLLAPSED_BLOCK = 1.0
+COLLAPSED_BLOCK = 0.8  # a block set to zero shows 1.0; healthy ones at 50 % show 0.2 to 0.5
 COLLAPSED_PERPLEXITY = 10.0
 
 
@@ -26,8 +26,8 @@ class SiteReport:
         pruned: weights set to zero by the mask.
         relative_error: ||new output - dense output|| / ||dense output|| (without bias) on a sample of the
             calibration tokens; None without data.
-        tokens: calibration tokens that it saw; None without statistics.
-        note: "pooled over ... experts", a raised damping, a bias that could not be moved, or "".
+        tokens: calibration tokens behind its statistics (a pooled expert has the pool's); None without statistics.
+        note: pooled experts, a raised damping, inputs that were never active, a bias that could not be moved, or "".
     """
 
     name: str
@@ -123,7 +123,7 @@ class Report:
     def warnings(self) -> list[str]:
         """What the user must not miss."""
         found = [
-            f"{block.name}: the error ({block.relative_error:.2f}) exceeds what the block adds to the stream"
+            f"{block.name} collapsed: its error is {block.relative_error:.0%} of what the dense block adds"
             for block in self.blocks
             if block.relative_error is not None and block.relative_error > COLLAPSED_BLOCK
         ]

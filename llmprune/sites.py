@@ -159,8 +159,8 @@ def survey(model: PreTrainedModel, targets: Sequence[str] = (), ignore: Sequence
     Args:
         targets: patterns of what to prune; empty means everything.
         ignore: patterns of what to leave alone.
-            A pattern is a name or the end of one ("down_proj"), a class name, or "re:" and an expression
-            that matches from the beginning of the name.
+            A pattern is a name or any dotted part of one ("down_proj", "model.layers.0", "mlp"), a class name,
+            or "re:" and an expression that matches from the beginning of the name.
 
     Raises:
         InputError: a pattern matches nothing, nothing is left, or a parameter is not understood.
@@ -179,11 +179,11 @@ def survey(model: PreTrainedModel, targets: Sequence[str] = (), ignore: Sequence
     if unused:
         example = next((site.name for block in blocks for site in block.sites), "model.layers.0.self_attn.q_proj")
         raise InputError(
-            f"'{unused[0]}' matches no parameter of the blocks: give a name or its end, a class, or re:EXPRESSION "
-            f"(a name looks like {example})"
+            f"'{unused[0]}' matches no parameter of the blocks: give a name or a dotted part of one, a class, or "
+            f"re:EXPRESSION (a name looks like {example})"
         )
     if not any(block.sites for block in blocks):
-        raise InputError("nothing is left to prune after --targets and --ignore")
+        raise InputError("nothing is left to prune after --targets and --ignore: target more, or ignore less")
     return blocks
 
 
@@ -241,7 +241,7 @@ def _hit(name: str, owner: nn.Module, pattern: str) -> bool:
             return re.match(pattern[3:], name) is not None
         except re.error as error:
             raise InputError(f"'{pattern}' is no regular expression: {error}") from error
-    return name == pattern or name.endswith(f".{pattern}") or type(owner).__name__ == pattern
+    return f".{pattern}." in f".{name}." or type(owner).__name__ == pattern
 
 
 def all_sites(blocks: Sequence[Block]) -> Iterator[Site]:

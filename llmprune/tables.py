@@ -104,8 +104,9 @@ def evaluation_text(facts: dict[str, Any]) -> str:
             f"KL to dense       {facts['kl']:.5f} nats per token",
             f"same top-1 token  {facts['top1_agreement']:.2%}",
         ]
+    joined = "ready windows" if protocol["joiner"] is None else f"texts joined by {protocol['joiner']!r}"
     lines.append(
-        f"protocol          {protocol['dataset']}, texts joined by {protocol['joiner']!r}, {protocol['windows']} "
+        f"protocol          {protocol['dataset']}, {joined}, {protocol['windows']} "
         f"non-overlapping windows of {protocol['window']} tokens, {protocol['scored_tokens']} scored, "
         f"{protocol['dtype']}"
     )

@@ -61,6 +61,7 @@ def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.argv", ["llmprune", *map(str, arguments)])
+        capsys.readouterr()  # what the test itself has printed on its way here
         with pytest.raises(SystemExit) as end:
             main()
         captured = capsys.readouterr()

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -160,8 +161,8 @@ OPTIONS = {
     "--dtype=float64": "dtype 'float64' is unknown: use one of auto, float32, float16, bfloat16",
     "--device=bogus": "device 'bogus' is unknown: use auto, cpu, cuda or cuda:N",
     "--device=cpu:x": "device 'cpu:x' is unknown: use auto, cpu, cuda or cuda:N",
-    "--targets=nonesuch": "'nonesuch' matches no parameter of the blocks: give a name or its end",
-    "--ignore=nonesuch": "'nonesuch' matches no parameter of the blocks: give a name or its end",
+    "--targets=nonesuch": "'nonesuch' matches no parameter of the blocks: give a name or a dotted part",
+    "--ignore=nonesuch": "'nonesuch' matches no parameter of the blocks: give a name or a dotted part",
     "--ignore=re:(": r"'re:\(' is no regular expression",
     "--targets=re:(": r"'re:\(' is no regular expression",
     "--ignore=Linear": "nothing is left to prune",
@@ -205,7 +206,7 @@ def test_cuda_without_a_device(dense: Path, text: Path, refused: Refused) -> Non
         ("prune dense -o out", "method wanda needs calibration text: pass --dataset FILE, a Hub name such as c4, or"),
         ("prune dense extra -o out", "unexpected extra argument"),
         ("eval dense", "Missing option '--dataset'"),
-        ("eval dense --dataset windows.npy", "evaluation needs text"),
+        ("eval dense --dataset windows.npy", "dataset 'windows.npy' does not exist"),
         ("eval dense --dataset self", "evaluation needs text"),
         ("eval dense --dataset text.txt --max-seq-length 65", "windows of 65 tokens exceed the model's 64 positions"),
         ("eval dense --dataset text.txt --max-seq-length 1", "pass a --max-seq-length of at least 2"),
@@ -252,7 +253,9 @@ def test_a_damaged_manifest(content: str, dense: Path, refused: Refused) -> None
 
 def test_bad_tensors_for_the_api(llama: PreTrainedModel) -> None:
     good = torch.from_numpy(TOKENS)
-    for tokens in (good[0], good.float(), good[:0], good[:, :1], good + 97, good - 97, torch.ones(2, 65).long()):
+    bad: list[Any] = [good[0], good.float(), good[:0], good[:, :1], good + 97, good - 97, torch.ones(2, 65).long()]
+    bad += [TOKENS[0], TOKENS / 2, [1, 2], [[1, 2], [3]], "text", [["a", "b"]], good > 3]
+    for tokens in bad:
         with pytest.raises(InputError, match="tokens"):
             prune(llama, PruneConfig(), tokens=tokens)
         if len(tokens):
@@ -271,10 +274,14 @@ def test_debug_shows_where_it_happened(dense: Path, cli: Cli) -> None:
     assert err.splitlines()[-1].startswith("llmprune: unknown method 'nonesuch'")
 
 
-def test_windows_shorter_than_asked_for(dense: Path, tmp_path: Path, refused: Refused) -> None:
+@pytest.mark.parametrize("length", [23, 25])
+def test_ready_windows_of_another_length_than_asked_for(
+    length: int, dense: Path, tmp_path: Path, refused: Refused
+) -> None:
     np.save(tmp_path / "windows.npy", TOKENS)
-    said = refused("prune", dense, "-o", "out", "--dataset", tmp_path / "windows.npy", "--max-seq-length", 25)
-    assert "holds windows of 24 tokens, shorter than --max-seq-length 25" in said
+    for command in (("prune", dense, "-o", "out"), ("eval", dense)):
+        said = refused(*command, "--dataset", tmp_path / "windows.npy", "--max-seq-length", length)
+        assert f"holds windows of 24 tokens, which are used as they are: leave out --max-seq-length {length}" in said
 
 
 def test_weights_without_a_place_are_named(dense: Path, text: Path, cli: Cli, caplog: pytest.LogCaptureFixture) -> None:

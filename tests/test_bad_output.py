@@ -32,7 +32,7 @@ PATIENCE = 120.0
 def run(dense: Path, tmp_path: Path) -> list[str]:
     """A command that would succeed, without its output."""
     np.save(tmp_path / "windows.npy", TOKENS)
-    return ["prune", str(dense), "--dataset", str(tmp_path / "windows.npy")]
+    return ["prune", str(dense), "--dataset", str(tmp_path / "windows.npy"), "--nsamples", "5"]
 
 
 @pytest.fixture
@@ -52,7 +52,9 @@ def result(llama: PreTrainedModel) -> PruneResult:
 
 
 def test_an_output_that_exists(run: list[str], good: Path, refused: Refused, result: PruneResult) -> None:
-    assert "exists: choose another folder, or pass --overwrite to replace it" in refused(*run, "-o", good)
+    assert "exists: choose another folder, or pass --overwrite (overwrite=True) to replace it" in refused(
+        *run, "-o", good
+    )
     (good / "config.json").unlink()
     assert "exists and is no model folder, so it is not replaced" in refused(*run, "-o", good, "--overwrite")
     before = tree(good)

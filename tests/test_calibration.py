@@ -152,8 +152,9 @@ def test_ready_windows_are_used_as_they_are(llama: PreTrainedModel, tmp_path: Pa
     whole = load_windows(config(path, 100, max_seq_length=None), llama, None)
     assert whole.windows.dtype == torch.int64 and len(whole.holdout) == 0
     assert np.array_equal(whole.windows.numpy(), array)
-    part = load_windows(config(path, 3, seed=9), llama, None)
-    assert np.array_equal(part.windows.numpy(), array[:3, :LENGTH])
+    part = load_windows(config(path, 3, seed=9, max_seq_length=20), llama, None)
+    assert np.array_equal(part.windows.numpy(), array[:3])
+    assert np.array_equal(part.holdout.numpy(), array[3:7]), "what is left over is held out"
 
 
 @pytest.mark.parametrize(
@@ -162,11 +163,11 @@ def test_ready_windows_are_used_as_they_are(llama: PreTrainedModel, tmp_path: Pa
         (np.zeros(5, dtype=np.int64), "integer token ids"),
         (np.zeros((2, 20)), "integer token ids"),
         (np.zeros((2, 3, 20), dtype=np.int64), "integer token ids"),
-        (np.zeros((0, 20), dtype=np.int64), "at least one of two tokens"),
-        (np.zeros((3, 1), dtype=np.int64), "at least one of two tokens"),
-        (np.zeros((3, 15), dtype=np.int64), "shorter than --max-seq-length 16"),
-        (np.full((3, 20), 97), "vocabulary ends at 96"),
-        (np.full((3, 20), -1), "vocabulary ends at 96"),
+        (np.zeros((0, 16), dtype=np.int64), "at least 1 of two tokens"),
+        (np.zeros((3, 1), dtype=np.int64), "at least 1 of two tokens"),
+        (np.zeros((3, 15), dtype=np.int64), "leave out --max-seq-length 16"),
+        (np.full((3, 16), 97), "vocabulary ends at 96"),
+        (np.full((3, 16), -1), "vocabulary ends at 96"),
     ],
 )
 def test_bad_ready_windows_are_explained(

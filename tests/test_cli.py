@@ -97,12 +97,14 @@ def test_calibration_data_of_every_kind(name: str, dense: Path, data: Path, tmp_
              "--num-holdout-samples", 4, "--seed", 3, "--json")  # fmt: skip
     facts = strict_json(out)
     drawn = torch.from_numpy(np.random.default_rng(3).permutation(len(WINDOWS)))
-    wanted = WINDOWS[:10] if name == "a.npy" else WINDOWS[drawn[:10]]
-    assert facts["calibration"]["sha256"] == digest(wanted)
+    order = torch.arange(len(WINDOWS)) if name == "a.npy" else drawn
+    assert facts["calibration"]["sha256"] == digest(WINDOWS[order[:10]])
     assert facts["calibration"]["windows_used"] == 10
     assert facts["calibration"]["seqlen"] == LENGTH
-    assert facts["calibration"]["holdout"] == (0 if name == "a.npy" else 4)
-    assert (facts["perplexity_after"] is None) == (name == "a.npy")
+    assert facts["calibration"]["holdout"] == 4
+    held = log_probabilities(dense, WINDOWS[order[10:14]]).gather(-1, WINDOWS[order[10:14], 1:, None])
+    assert facts["perplexity_before"] == pytest.approx(held.mean().neg().exp().item(), rel=1e-5)
+    assert facts["perplexity_after"] > 0
     state = weights(tmp_path / "out")
     for site in SITES:
         weight = state[f"{site}.weight"]
@@ -172,6 +174,8 @@ def test_a_dry_run_needs_no_weights_and_touches_nothing(dense: Path, data: Path,
         ("--targets model.layers.2.self_attn.q_proj", r"model\.layers\.2\.self_attn\.q_proj"),
         (r"--targets re:.*\.[02]\.mlp", r".*\.[02]\.mlp"),
         (r"--ignore re:model\.layers\.1\.", r"(?!model\.layers\.1\.)"),
+        ("--ignore model.layers.1 --ignore layers.2.mlp", r"model\.layers\.(0|2\.self_attn)\."),
+        ("--targets mlp", r".*\.mlp\."),
         ("--targets Linear --ignore self_attn.o_proj", r"(?!.*o_proj)"),
     ],
 )
@@ -301,6 +305,16 @@ def test_eval_against_a_computation_in_float64(dense: Path, data: Path, tmp_path
         "25 non-overlapping",
     ):
         assert part in table
+
+
+def test_ready_windows_are_scored_without_a_tokenizer(saved_llama: Path, data: Path, ok: Ok) -> None:
+    facts = strict_json(ok("eval", saved_llama, "--dataset", data / "a.npy", "--num-samples", 5, "--json"))
+    chosen = log_probabilities(saved_llama, WINDOWS[:5]).gather(-1, WINDOWS[:5, 1:, None])
+    assert facts["perplexity"] == pytest.approx(chosen.mean().neg().exp().item(), rel=1e-5)
+    assert (facts["protocol"]["windows"], facts["protocol"]["joiner"]) == (5, None)
+    assert "ready windows, 5 non-overlapping" in ok(
+        "eval", saved_llama, "--dataset", data / "a.npy", "--num-samples", 5
+    )
 
 
 def test_eval_of_a_model_against_itself(dense: Path, data: Path, ok: Ok) -> None:

@@ -124,6 +124,7 @@ def test_dead_columns_end_as_zeros_and_disturb_nothing(pattern: Pattern) -> None
     assert not pruned.weight[:, dead].any()
     assert np.array_equal(pruned.keep.numpy(), keep)
     assert_close(pruned.weight.double(), torch.from_numpy(expected), rtol=1e-4, atol=2e-5)
+    assert pruned.note == "4 inputs never active, their weights set to zero"
 
 
 @pytest.mark.parametrize("pattern", [Unstructured(0.29), NM(1, 4)])

@@ -56,14 +56,16 @@ class SparseGPT(Criterion):
             raise InputError(f"{site.name}: {error}") from error
         # [in, out]: a column of the paper is a contiguous row here. Always a copy: a Conv1D is stored that way.
         W = site.weight.T.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-        W[gram.matrix.diagonal() == 0] = 0.0
+        dead = gram.matrix.diagonal() == 0  # never active: whatever their weights are, the output is the same
+        W[dead] = 0.0
         keep = torch.ones_like(W, dtype=torch.bool)
         with full_float32():
             for start, stop in _column_blocks(len(W), pattern):
                 errors = _prune_columns(W, keep, U, start, stop, pattern)
                 W[stop:] -= U[start:stop, stop:].T @ errors
-        note = "" if damping == DAMPING else f"damping {damping:g}"
-        return Pruned((W * keep).T, keep.T, note=note)
+        notes = [f"damping {damping:g}"] * (damping != DAMPING)
+        notes += [f"{int(dead.sum())} inputs never active, their weights set to zero"] * bool(dead.any())
+        return Pruned((W * keep).T, keep.T, note="; ".join(notes))
 
 
 def _column_blocks(width: int, pattern: Pattern) -> list[tuple[int, int]]:
