@@ -24,7 +24,7 @@ class PruneConfig:
             windows are given directly or the method needs no data.
         num_calibration_samples: number of token windows.
         max_seq_length: tokens per window; None means min(2048, the model's positions).
-        batch_size: windows per forward pass.
+        batch_size: windows per forward pass; a CPU takes fewer where they exceed 1024 tokens together.
         seed: for the choice of windows and for random pruning.
         ignore: patterns of what to leave alone (dotted part of a name, class name, "re:EXPRESSION").
         targets: patterns of what to prune; empty means every site.
