@@ -16,6 +16,7 @@ import torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may wait for a network; read when transformers is imported
 
 from broken import tree, word_tokenizer
+from corpus import write_every_format
 from tiny import SHARED, make_llama
 from transformers import PreTrainedModel
 
@@ -68,6 +69,25 @@ def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
         return int(end.value.code or 0), captured.out, captured.err
 
     return run
+
+
+@pytest.fixture
+def ok(cli: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Run a command that must succeed; returns what it prints."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> str:
+        code, out, err = cli(*arguments)
+        assert code == 0, err
+        return out
+
+    return run
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """The same text in every format."""
+    return write_every_format(tmp_path / "data")
 
 
 @pytest.fixture(scope="session")

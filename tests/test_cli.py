@@ -6,74 +6,24 @@ import hashlib
 import json
 import re
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 import pytest
 import torch
-from broken import tree, words
+from broken import tree
+from corpus import LENGTH, SITES, WINDOWS, log_probabilities, strict_json
 from safetensors.torch import load_file
 from tiny import make_llama
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from llmprune import checkpoint
 from llmprune.cli import spread
 from llmprune.criteria import methods
 from llmprune.demo import run as demo
 
-Cli = Callable[..., tuple[int, str, str]]
-
-LENGTH = 16
-TEXT = words(400)
-IDS = torch.tensor([int(word[1:]) for word in TEXT.split()])
-WINDOWS = IDS.view(-1, LENGTH)
-ROLES = "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj mlp.gate_proj mlp.up_proj mlp.down_proj"
-SITES = [f"model.layers.{i}.{role}" for i in range(3) for role in ROLES.split()]
-
-
-@pytest.fixture
-def ok(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
-    """Run a command that must succeed; returns what it prints."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: object) -> str:
-        code, out, err = cli(*arguments)
-        assert code == 0, err
-        return out
-
-    return run
-
-
 Ok = Callable[..., str]
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    """The same text in every format."""
-    third = len(TEXT) // 3
-    cuts = [0, TEXT.index(" ", third), TEXT.index(" ", 2 * third), len(TEXT)]
-    texts = [TEXT[start:end].strip() for start, end in pairwise(cuts)]
-    folder = tmp_path / "data"
-    folder.mkdir()
-    (folder / "a.txt").write_text(TEXT)
-    (folder / "a.jsonl").write_text("".join(json.dumps({"id": 1, "text": text}) + "\n\n" for text in texts))
-    pyarrow.parquet.write_table(pyarrow.table({"id": [1, 2, 3], "text": texts}), folder / "a.parquet")
-    np.save(folder / "a.npy", WINDOWS.numpy().astype(np.uint16))
-    return folder
-
-
-def strict_json(text: str) -> Any:
-    """Without Python's own NaN and Infinity, which are no JSON."""
-
-    def refuse(name: str) -> None:
-        raise AssertionError(f"{name} is no JSON")
-
-    return json.loads(text, parse_constant=refuse)
 
 
 def digest(windows: Tensor) -> str:
@@ -241,95 +191,6 @@ def test_help_names_every_command(ok: Ok) -> None:
     out = ok("--help")
     assert all(name in out for name in ("prune", "eval", "inspect", "methods", "demo"))
     assert "--dataset" in ok("prune", "--help")
-
-
-@pytest.mark.usefixtures("unproved")
-@pytest.mark.parametrize(("options", "pattern", "sparsity"), [
-    ("--pattern 2:4", "2:4", 0.5), ("--pattern 1:4", "1:4", 0.75), ("--sparsity 0.25", "unstructured", 0.25),
-])  # fmt: skip
-def test_inspect_shows_what_is_there(
-    options: str, pattern: str, sparsity: float, dense: Path, data: Path, ok: Ok
-) -> None:
-    ok("prune", dense, "-o", "out", "--method", "wanda", "--dataset", data / "a.npy", *options.split())
-    facts = strict_json(ok("inspect", "out", "--json"))
-    assert facts["patterns"] == [pattern]
-    assert facts["sparsity"] == pytest.approx(sparsity)
-    assert [site["name"] for site in facts["sites"]] == SITES
-    assert {site["sparsity"] for site in facts["sites"]} == {sparsity}
-    assert facts["manifest"]["config"]["method"] == "wanda"
-    table = ok("inspect", "out")
-    for part in (SITES[-1], "32 x 68", f"{sparsity:.2%}", pattern, "manifest    wanda", f"seed 0, from {dense}"):
-        assert part in table
-
-
-def test_inspect_of_a_dense_model(dense: Path, ok: Ok) -> None:
-    facts = strict_json(ok("inspect", dense, "--json"))
-    assert (facts["sparsity"], facts["patterns"], facts["manifest"]) == (0, ["dense"], None)
-    assert "not written by llmprune" in ok("inspect", dense)
-
-
-def log_probabilities(folder: Path, windows: Tensor) -> Tensor:
-    """Of the next token, in float64, one window at a time."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
-    with torch.no_grad():
-        return torch.stack([model(window[None]).logits[0, :-1].log_softmax(-1) for window in windows])
-
-
-@pytest.mark.usefixtures("unproved")
-def test_eval_against_a_computation_in_float64(dense: Path, data: Path, tmp_path: Path, ok: Ok) -> None:
-    ok("prune", dense, "-o", "out", "--method", "magnitude")
-    command = ("--dataset", data / "a.txt", "--max-seq-length", LENGTH, "--batch-size", 4)
-    alone = strict_json(ok("eval", "out", *command, "--json"))
-    both = strict_json(ok("eval", "out", "--against", dense, *command, "--json"))
-
-    own, reference = (log_probabilities(folder, WINDOWS) for folder in (tmp_path / "out", dense))
-    labels = WINDOWS[:, 1:, None]
-    perplexity, dense_perplexity = (p.gather(-1, labels).mean().neg().exp().item() for p in (own, reference))
-    assert alone["perplexity"] == both["perplexity"] == pytest.approx(perplexity, rel=1e-5)
-    assert both["dense_perplexity"] == pytest.approx(dense_perplexity, rel=1e-5)
-    kl = (reference.exp() * (reference - own)).sum(-1).mean().item()
-    assert both["kl"] == pytest.approx(kl, rel=1e-4)
-    assert both["top1_agreement"] == (own.argmax(-1) == reference.argmax(-1)).double().mean().item()
-    assert "kl" not in alone
-    assert alone["tokens"] == 25 * (LENGTH - 1)
-    protocol = alone["protocol"]
-    assert (protocol["windows"], protocol["window"], protocol["dtype"]) == (25, LENGTH, "float32")
-    assert protocol["first_tokens"] == IDS[:4].tolist()
-
-    table = ok("eval", "out", "--against", dense, *command)
-    for part in (
-        f"{both['perplexity']:.4f}",
-        f"{both['dense_perplexity']:.4f}",
-        "KL to dense",
-        "same top-1",
-        "25 non-overlapping",
-    ):
-        assert part in table
-
-
-def test_ready_windows_are_scored_without_a_tokenizer(saved_llama: Path, data: Path, ok: Ok) -> None:
-    facts = strict_json(ok("eval", saved_llama, "--dataset", data / "a.npy", "--num-samples", 5, "--json"))
-    chosen = log_probabilities(saved_llama, WINDOWS[:5]).gather(-1, WINDOWS[:5, 1:, None])
-    assert facts["perplexity"] == pytest.approx(chosen.mean().neg().exp().item(), rel=1e-5)
-    assert (facts["protocol"]["windows"], facts["protocol"]["joiner"]) == (5, None)
-    assert "ready windows, 5 non-overlapping" in ok(
-        "eval", saved_llama, "--dataset", data / "a.npy", "--num-samples", 5
-    )
-
-
-def test_eval_of_a_model_against_itself(dense: Path, data: Path, ok: Ok) -> None:
-    facts = json.loads(
-        ok("eval", dense, "--against", dense, "--dataset", data / "a.jsonl", "--num-samples", 3, "--json")
-    )
-    assert (facts["kl"], facts["top1_agreement"], facts["windows"]) == (0.0, 1.0, 3)
-    assert facts["perplexity"] == facts["dense_perplexity"]
-
-
-@pytest.mark.usefixtures("unproved")
-def test_eval_borrows_the_tokenizer_of_the_dense_model(dense: Path, data: Path, tmp_path: Path, ok: Ok) -> None:
-    make_llama().save_pretrained(tmp_path / "bare")
-    facts = strict_json(ok("eval", "bare", "--against", dense, "--dataset", data / "a.parquet", "--json"))
-    assert facts["windows"] == 400 // 64
 
 
 @pytest.mark.usefixtures("unproved")
