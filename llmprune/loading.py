@@ -114,7 +114,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any | None:
         return None
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+    except Exception as error:  # nothing narrower: for a wrong schema the tokenizers library raises just that
         raise InputError(
             f"the tokenizer of {name} cannot be opened ({_reason(error)}): copy the tokenizer files of the original "
             "model again"

@@ -164,6 +164,9 @@ SPOILED: dict[str, tuple[Change, str]] = {
     "with NaN": (_weight("model.layers.1.mlp.up_proj.weight", _entry(torch.nan)), "1.mlp.up_proj.weight holds NaN"),
     "with infinity": (_weight("model.norm.weight", _entry(torch.inf)), "model.norm.weight holds NaN or infinity"),
     "with a damaged tokenizer": (_write("tokenizer.json", '{"a"'), "the tokenizer of .* cannot be opened .*copy"),
+    "with a tokenizer of another schema": (
+        _write("tokenizer.json", '{"added_tokens": [], "model": {"type": "none"}}'), "tokenizer of .* cannot be opened",
+    ),
     "with half a tokenizer": (_delete("tokenizer.json"), "the tokenizer of .* cannot be opened .*copy"),
 }  # fmt: skip
 """What is done to a good model folder with a tokenizer, and a pattern for the message."""
