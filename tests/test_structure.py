@@ -15,7 +15,7 @@ PACKAGES = {"llmprune": ROOT / "llmprune", "llmprune_eval": ROOT / "eval", "llmp
 # From the ground up: a module may import from its own layer or one below it.
 LAYERS = (
     {"errors", "collectives", "reload_proof"},
-    {"moments", "gram", "patterns"},
+    {"moments", "gram", "patterns", "ready_windows"},
     {"inputs", "sites", "biases", "stream", "loading", "unprunable"},
     {"observe", "walk", "criteria", "config", "report"},
     {"calibration", "planning", "checkpoint", "inspection", "tables"},
