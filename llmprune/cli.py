@@ -41,6 +41,11 @@ PatternName = Annotated[
     str,
     typer.Option("--pattern", "--sparsity_type", help="unstructured, row, matrix, or n:m (n of m KEPT), such as 2:4."),
 ]
+Refine = Annotated[str, typer.Option("--refine", help="none, or swap: exchange kept and pruned weights of a row.")]
+Compensation = Annotated[
+    str | None,
+    typer.Option("--compensation", help="none, bias, or least-squares: what survives is moved [the method's own]."),
+]
 Calibration = Annotated[
     str | None,
     typer.Option(
@@ -132,6 +137,8 @@ def prune_command(
     method: Method = "wanda",
     sparsity: Sparsity = None,
     pattern: PatternName = "unstructured",
+    refine: Refine = "none",
+    compensation: Compensation = None,
     dataset: Calibration = None,
     num_calibration_samples: Samples = 128,
     num_holdout_samples: Holdout = 8,
@@ -156,6 +163,8 @@ def prune_command(
         method=method,
         sparsity=sparsity,
         pattern=pattern,
+        refine=refine,
+        compensation=compensation,
         dataset=dataset,
         num_calibration_samples=num_calibration_samples,
         max_seq_length=max_seq_length,

@@ -32,7 +32,7 @@ def run_prune(model: str, output: Path, config: PruneConfig, overwrite: bool, as
     """Prune, save on rank 0, and report."""
     check_target(output, overwrite, model)
     resolve_device(config.device)
-    if config.dataset is None and config.make_criterion().needs:
+    if config.dataset is None and config.make_recipe().needs:
         raise InputError(
             f"method {config.method} needs calibration text: pass --dataset FILE, a Hub name such as c4, or 'self'"
         )

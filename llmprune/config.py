@@ -6,10 +6,11 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from llmprune.criteria import Criterion, criterion
+from llmprune.criteria import COMPENSATIONS, criterion
 from llmprune.errors import InputError
 from llmprune.loading import check_dtype
 from llmprune.patterns import Pattern, parse_pattern
+from llmprune.recipe import REFINEMENTS, Recipe
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,9 @@ class PruneConfig:
         method: name of a criterion (`llmprune methods` lists them).
         sparsity: share of every site's weights to prune, in (0, 1); None means 0.5, or what n:m implies.
         pattern: "unstructured" (the method's own grouping), "row", "matrix", or "n:m": n of m are KEPT.
+        refine: "none", or "swap": exchange kept and pruned weights of a row while the output error falls.
+        compensation: "none", "bias" (the mean of what is pruned goes there), or "least-squares" (that, and the best
+            weights on the mask); None means the method's own.
         dataset: FILE (.txt, .jsonl, .parquet, .npy), a Hub name, "c4", "wikitext2" or "self"; None if token
             windows are given directly or the method needs no data.
         num_calibration_samples: number of token windows.
@@ -37,6 +41,8 @@ class PruneConfig:
     method: str = "wanda"
     sparsity: float | None = None
     pattern: str = "unstructured"
+    refine: str = "none"
+    compensation: str | None = None
     dataset: str | None = None
     num_calibration_samples: int = 128
     max_seq_length: int | None = None
@@ -55,7 +61,9 @@ class PruneConfig:
         Raises:
             InputError: a value is not usable.
         """
-        self.make_criterion().check(self.make_pattern())
+        _check_choice("refine", self.refine, REFINEMENTS)
+        _check_choice("compensation", self.compensation, COMPENSATIONS)
+        self.make_recipe().check()
         for name in ("num_calibration_samples", "batch_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}: at least 1 is needed")
@@ -76,13 +84,19 @@ class PruneConfig:
         """The pattern with its sparsity."""
         return parse_pattern(self.pattern, self.sparsity)
 
-    def make_criterion(self) -> Criterion:
-        """A fresh criterion with this run's seed."""
-        return criterion(self.method, self.seed)
+    def make_recipe(self) -> Recipe:
+        """A fresh criterion with this run's seed, the pattern, and what the user adds to them."""
+        chosen = criterion(self.method, self.seed, self.compensation)
+        return Recipe(chosen, self.make_pattern(), self.refine)
 
     def as_dict(self) -> dict[str, Any]:
         """For the manifest."""
         return asdict(self)
+
+
+def _check_choice(name: str, given: str | None, known: tuple[str, ...]) -> None:
+    if given is not None and given not in known:
+        raise InputError(f"{name} '{given}' is unknown: choose from {', '.join(known)}")
 
 
 def check_device(name: str) -> None:

@@ -23,18 +23,19 @@ class InputStatistics:
     Attributes:
         count: number of tokens.
         moments: present if a criterion asked for "moments".
-        gram: present if a criterion asked for "gram".
+        gram: present if a criterion asked for "gram", or for "covariance" to have its mean and variance as well.
         sample: [<= SAMPLE_ROWS, in] float32, evenly spaced rows of this rank's first batches, on which the
             output error of a pruned site is measured.
     """
 
     def __init__(self, width: int, needs: AbstractSet[str], device: torch.device | str = "cpu") -> None:
-        unknown = set(needs) - {"moments", "gram"}
+        unknown = set(needs) - {"moments", "gram", "covariance"}
         assert not unknown, f"no such statistic: {unknown}"
         self.width = width
         self.count = 0
         self.moments = Moments(width, device) if "moments" in needs else None
-        self.gram = Gram(width, device) if "gram" in needs else None
+        pairs = needs & {"gram", "covariance"}
+        self.gram = Gram(width, device, centred="covariance" in needs) if pairs else None
         self.sample = torch.empty(0, width, dtype=torch.float32, device=device)
 
     def update(self, x: Tensor) -> None:
@@ -71,6 +72,22 @@ class InputStatistics:
         part = self.moments or self.gram
         assert part is not None, "the criterion did not ask for a statistic"
         return part.energy
+
+    @property
+    def mean(self) -> Tensor:
+        """[in], E[x]."""
+        return self._with_mean.mean
+
+    @property
+    def variance(self) -> Tensor:
+        """[in], with n - 1."""
+        return self._with_mean.variance
+
+    @property
+    def _with_mean(self) -> Moments | Gram:
+        part = self.moments or self.gram
+        assert part is not None, "the criterion did not ask for a statistic"
+        return part
 
     def finite(self) -> bool:
         """False if any token brought NaN or infinity."""

@@ -53,14 +53,14 @@ def make_plan(model: PreTrainedModel, config: PruneConfig) -> Plan:
         InputError: as `survey`, or a width that the pattern does not divide, or too long windows.
     """
     blocks = survey(model, config.targets, config.ignore)
-    pattern, criterion = config.make_pattern(), config.make_criterion()
+    recipe = config.make_recipe()
     sites = list(all_sites(blocks))
     for site in sites:
-        pattern.check(site.name, site.shape[1])
+        recipe.pattern.check(site.name, site.shape[1])
         if min(site.shape) == 0:
             raise InputError(f"{site.name} is empty {site.shape}: leave it out with --ignore {site.name}")
     seqlen = window_length(model, config.max_seq_length)
-    data = bool(criterion.needs) or config.dataset is not None
+    data = bool(recipe.needs) or config.dataset is not None
     return Plan(
         blocks=blocks,
         decoder_parameters=sum(block.parameters for block in blocks),
@@ -68,7 +68,7 @@ def make_plan(model: PreTrainedModel, config: PruneConfig) -> Plan:
         site_parameters=sum(site.shape[0] * site.shape[1] for site in sites),
         seqlen=seqlen,
         passes=2 - 1 / len(blocks) if data else 0.0,
-        memory=_memory(model, blocks, config, seqlen, criterion.needs, data),
+        memory=_memory(model, blocks, config, seqlen, recipe.needs, data),
     )
 
 
@@ -86,7 +86,7 @@ def _memory(
             sum(p.numel() * p.element_size() for p in block.module.parameters()) for block in blocks
         ),
         "statistics of one block, at most": max(
-            sum(4 * w * (w if "gram" in needs else 2) for w in block) if needs else 0 for block in widths
+            sum(4 * w * (2 if needs <= {"moments"} else w) for w in block) if needs else 0 for block in widths
         ),
         "largest site in float32, three copies": max(12 * site.shape[0] * site.shape[1] for site in all_sites(blocks)),
     }

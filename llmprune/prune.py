@@ -20,12 +20,12 @@ from llmprune.calibration import Calibration, check_vocabulary, load_windows, wi
 from llmprune.checkpoint import save_checkpoint
 from llmprune.collectives import from_rank_zero, gathered, gathered_objects, world
 from llmprune.config import PruneConfig, check_device
-from llmprune.criteria import Criterion, Pruned
+from llmprune.criteria import Pruned
 from llmprune.errors import InputError
 from llmprune.loading import check_finite, load_model, load_tokenizer
-from llmprune.patterns import Pattern
 from llmprune.planning import Plan, make_plan
 from llmprune.ready_windows import Windows, as_windows
+from llmprune.recipe import Recipe
 from llmprune.report import BlockReport, Report, SiteReport, peak_memory
 from llmprune.sites import Site, all_sites
 from llmprune.walk import Visit, loss, walk
@@ -97,7 +97,8 @@ def _prune_planned(
 ) -> Report:
     """The loop: visit every block, prune its sites, go on."""
     start = time.perf_counter()
-    criterion, pattern = config.make_criterion(), config.make_pattern()
+    recipe = config.make_recipe()
+    criterion, pattern = recipe.criterion, recipe.pattern
     report = Report(name, config.as_dict(), str(pattern), criterion.group_name(pattern), plan.decoder_parameters,
                     plan.model_parameters, calibration.describe() if calibration else None)  # fmt: skip
     report.processes = world()[1]
@@ -117,11 +118,11 @@ def _prune_planned(
             bar.set_postfix_str(_figures(block))
             log.info("%s: %s", block.name, _figures(block))
 
-        for visit in walk(model, plan.blocks, windows, needs=criterion.needs, batch_size=config.batch_size,
+        for visit in walk(model, plan.blocks, windows, needs=recipe.needs, batch_size=config.batch_size,
                           device=device, done=done):  # fmt: skip
             outcome.clear()
             for site in visit.block.sites:
-                outcome.append(_prune_site(site, criterion, pattern))
+                outcome.append(_prune_site(site, recipe))
     _check_ranks_agree(plan)
     if report.loss_before is not None and calibration is not None:
         report.loss_after = loss(model, plan.blocks, calibration.holdout, batch_size=config.batch_size, device=device)
@@ -132,12 +133,12 @@ def _prune_planned(
 
 
 @torch.no_grad()
-def _prune_site(site: Site, criterion: Criterion, pattern: Pattern) -> SiteReport:
-    pruned = criterion.prune(site, pattern)
+def _prune_site(site: Site, recipe: Recipe) -> SiteReport:
+    pruned = recipe.prune(site)
     error = _relative_error(site, pruned)
     site.write_(pruned.weight, pruned.keep, pruned.bias_shift)
     notes = ["pooled over the block's experts"] * site.pooled + [pruned.note] * bool(pruned.note)
-    count = site.statistics.count if site.statistics is not None and criterion.needs else None
+    count = site.statistics.count if site.statistics is not None and recipe.needs else None
     zeros = pruned.keep.numel() - int(pruned.keep.sum())
     return SiteReport(site.name, site.shape, zeros, error, count, "; ".join(notes))
 
@@ -183,7 +184,7 @@ def _calibration(
     holdout: Windows | None,
 ) -> Calibration | None:
     """The windows to use, the same on every rank; None for a method that needs none and was given none."""
-    if tokens is None and config.dataset is None and not config.make_criterion().needs:
+    if tokens is None and config.dataset is None and not config.make_recipe().needs:
         return None
     if tokens is None:
         loaded = load_windows(config, model, tokenizer)

@@ -130,7 +130,7 @@ class Report:
         before, after = self.perplexity_before, self.perplexity_after
         if before is not None and after is not None and after > COLLAPSED_PERPLEXITY * before:
             found.append(f"the perplexity collapsed from {before:.4g} to {after:.4g} on held-out text")
-        no_bias = [s.name for b in self.blocks for s in b.sites if s.note == "no bias to move"]
+        no_bias = [s.name for b in self.blocks for s in b.sites if "no bias to move" in s.note]
         if no_bias:
             found.append(
                 f"{len(no_bias)} sites have no bias that the config could carry ({no_bias[0]}, ...): "

@@ -44,6 +44,10 @@ def report_text(report: Report, output: Path) -> str:
         for b in report.blocks
     ]  # fmt: skip
     method = f"{report.config['method']}, {report.pattern}; weights compete within a {report.group}"
+    if report.config["refine"] != "none":
+        method += f", refined by {report.config['refine']}"
+    if report.config["compensation"] is not None:
+        method += f", compensated by {report.config['compensation']}"
     lines = [table(method, ("block", "sites", "sparsity", "site error", "block error", "seconds"), rows), ""]
     seconds = ", ".join(f"{phase} {value:.1f}" for phase, value in report.seconds.items())
     lines += [

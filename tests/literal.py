@@ -115,6 +115,16 @@ def damped(X: Matrix, damp: float = 0.01) -> Matrix:
     return H + damp * np.mean(np.diag(H)) * np.eye(len(H))
 
 
+def row_by_row(H: Matrix, goal: Matrix, keep: Matrix) -> Matrix:
+    """The best weights on a support: H_SS w_S = (H goal)_S, one row after the other."""
+    solved = np.zeros_like(goal)
+    for i, row in enumerate(keep):
+        S = np.flatnonzero(row)
+        if len(S):
+            solved[i, S] = np.linalg.solve(H[np.ix_(S, S)], (H @ goal[i])[S])
+    return solved
+
+
 def sparsegpt(W: Matrix, X: Matrix, sparsity: str = "0", n: int = 0, m: int = 0, B: int = 128,
               damp: float = 0.01) -> tuple[Matrix, Matrix]:  # fmt: skip
     """Column by column as in arXiv 2301.00774, pruning exactly k of every block of B columns; weights and mask."""
@@ -170,8 +180,11 @@ class Experts(nn.Module):
         self.down_proj_bias = None if bias is None else nn.Parameter(bias)
 
 
+BOTH = frozenset({"moments", "gram"})
+
+
 def make_site(W: Tensor, x: Tensor | None = None, *, bias: Tensor | None = None, layout: str = "linear",
-              name: str = "block.down_proj") -> Site:  # fmt: skip
+              name: str = "block.down_proj", needs: frozenset[str] = BOTH) -> Site:  # fmt: skip
     """A site that holds W [out, in] in one of LAYOUTS, and has seen the rows x [n, in]."""
     out, width = W.shape
     if layout.startswith("expert"):
@@ -193,6 +206,6 @@ def make_site(W: Tensor, x: Tensor | None = None, *, bias: Tensor | None = None,
             owner.bias.data.copy_(bias)
         site = Site(name, owner, "weight")
     if x is not None:
-        site.statistics = InputStatistics(width, {"moments", "gram"})
+        site.statistics = InputStatistics(width, needs)
         site.statistics.update(x)
     return site

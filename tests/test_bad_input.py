@@ -151,6 +151,8 @@ OPTIONS = {
     "--pattern=4:8": r"model.layers.0.mlp.down_proj has 68 inputs, which 8 does not divide.*--ignore model.layers.0",
     "--pattern=2:4 --sparsity=0.6": "2:4 prunes 0.5 of the weights, but sparsity 0.6 was given: leave --sparsity out",
     "--max-seq-length=65": "windows of 65 tokens exceed the model's 64 positions: pass --max-seq-length 64 or less",
+    "--refine=bogus": "refine 'bogus' is unknown: choose from none, swap",
+    "--compensation=bogus": "compensation 'bogus' is unknown: choose from none, bias, least-squares",
     "--max-seq-length=1": "max_seq_length is 1: at least 2 tokens are needed",
     "--max-seq-length=-5": "max_seq_length is -5: at least 2 tokens are needed",
     "--batch-size=0": "batch_size is 0: at least 1 is needed",

@@ -151,7 +151,7 @@ def test_without_a_carrier_stade_prunes_the_model_as_wanda_does(windows: Tensor)
         assert torch.equal(weight, theirs.state_dict()[name]), name
 
 
-@pytest.mark.parametrize("method", [name for name, cls in methods().items() if not cls.moves_bias])
+@pytest.mark.parametrize("method", [name for name, cls in methods().items() if cls.compensation == "none"])
 def test_other_methods_add_no_bias(method: str, llama: PreTrainedModel, windows: Tensor) -> None:
     keys = set(llama.state_dict())
     assert prune(llama, PruneConfig(method=method, sparsity=0.5), tokens=windows).report.bias_flags == []

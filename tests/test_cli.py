@@ -142,6 +142,22 @@ def test_targets_and_ignore(options: str, wanted: str, dense: Path, tmp_path: Pa
         assert torch.equal(weight, before[name]) == (name.removesuffix(".weight") not in chosen)
 
 
+def test_refined_and_compensated_and_proved(dense: Path, data: Path, tmp_path: Path, ok: Ok) -> None:
+    common = ("prune", dense, "--dataset", data / "a.txt", "--pattern", "2:4", "--max-seq-length", LENGTH, "--json")
+    plain = strict_json(ok(*common, "-o", "plain"))
+    facts = strict_json(ok(*common, "-o", "out", "--refine", "swap", "--compensation", "least-squares"))
+    assert (facts["config"]["refine"], facts["config"]["compensation"]) == ("swap", "least-squares")
+    assert set(facts["bias_flags"]) == {"attention_bias", "mlp_bias"}
+    assert plain["bias_flags"] == []
+    errors = [
+        [site["relative_error"] for block in run["blocks"][:1] for site in block["sites"]] for run in (facts, plain)
+    ]
+    assert all(ours < theirs for ours, theirs in zip(*errors, strict=True))
+    assert strict_json(ok("inspect", "out", "--json"))["patterns"] == ["2:4"]
+    table = ok(*common[:-1], "-o", "again", "--refine", "swap", "--compensation", "least-squares")
+    assert "refined by swap, compensated by least-squares" in " ".join(table.split())
+
+
 @pytest.mark.usefixtures("unproved")
 @pytest.mark.parametrize("method", methods())
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])

@@ -87,6 +87,63 @@ def test_fewer_tokens_than_features_is_what_damping_is_for() -> None:
     assert_factor(U, damped(f64(x)), 1e-2)
 
 
+def centred(*parts: Tensor) -> Gram:
+    gram = Gram(parts[0].shape[1], centred=True)
+    for part in parts:
+        gram.update(part)
+    return gram
+
+
+def assert_centred(gram: Gram, x: Tensor, tolerance: float = 1e-4) -> None:
+    """Against numpy in float64, relative to the features' sizes."""
+    X = f64(x)
+    around = X - X.mean(0)
+    size = np.sqrt(np.diag(around.T @ around))
+    assert np.abs((f64(gram.matrix_of(centred=True)) - around.T @ around) / np.outer(size, size)).max() < tolerance
+    whole = np.sqrt(np.diag(X.T @ X))
+    assert np.abs((f64(gram.matrix) - X.T @ X) / np.outer(whole, whole)).max() < tolerance
+    assert np.allclose(f64(gram.mean), X.mean(0), rtol=1e-5, atol=1e-5)
+    assert np.allclose(f64(gram.variance), X.var(0, ddof=1), rtol=1e-3)
+    assert np.allclose(f64(gram.energy), (X**2).mean(0), rtol=1e-4)
+    assert gram.count == len(X)
+
+
+@pytest.mark.parametrize("width", [1, 63, 132, 260])
+@pytest.mark.parametrize("size", [17, 64, 1000])
+def test_with_the_mean_taken_out(width: int, size: int) -> None:
+    x = inputs(150, width, seed=width, mean=3.0)
+    assert_centred(centred(*x.split(size)), x)
+
+
+def test_a_large_mean_does_not_drown_the_covariance() -> None:
+    x = inputs(400, 68) + 3000 * torch.randn(68)
+    gram = centred(*x.split(50))
+    assert_centred(gram, x, tolerance=2e-3)
+    U, used = gram.inverse_factor(centred=True)
+    assert used == 0.01
+    assert_factor(U, damped(f64(x) - f64(x).mean(0)), 2e-2)
+
+
+def test_centred_parts_merge_in_any_order() -> None:
+    x = inputs(150, 68, mean=3.0)
+    parts = [centred(*part.split(20)) for part in x.split(50)]
+    for order in ((0, 1, 2), (2, 0, 1)):
+        total = Gram(68, centred=True)
+        for i in order:
+            total.merge(parts[i])
+        total.merge(Gram(68, centred=True))
+        assert_centred(total, x)
+
+
+def test_damping_leaves_the_statistics_alone() -> None:
+    x = inputs(300, 63)
+    x[:, 5] = 0.0
+    gram = centred(x)
+    for out_of, X in ((False, f64(x)), (True, f64(x) - f64(x).mean(0))):
+        assert np.allclose(f64(gram.damped(0.1, out_of)), damped(X, 0.1), rtol=1e-3, atol=1e-2)
+        assert gram.matrix_of(out_of)[5, 5] == 0
+
+
 def test_the_factor_is_kept_but_never_stale() -> None:
     x = inputs(300, 63)
     gram = seen(x[:200])

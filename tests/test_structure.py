@@ -16,8 +16,9 @@ PACKAGES = {"llmprune": ROOT / "llmprune", "llmprune_eval": ROOT / "eval", "llmp
 LAYERS = (
     {"errors", "collectives", "reload_proof"},
     {"moments", "gram", "patterns", "ready_windows"},
-    {"inputs", "sites", "biases", "stream", "loading", "unprunable"},
-    {"observe", "walk", "criteria", "config", "report"},
+    {"inputs", "sites", "biases", "stream", "loading", "unprunable", "least_squares", "swaps"},
+    {"observe", "walk", "criteria", "report"},
+    {"recipe", "config"},
     {"calibration", "planning", "checkpoint", "inspection", "tables"},
     {"prune", "launch"},
     {"commands", "demo"},

@@ -7,10 +7,10 @@ import importlib
 import pkgutil
 from functools import cache
 
-from llmprune.criteria.base import Criterion, Pruned
+from llmprune.criteria.base import COMPENSATIONS, Criterion, Pruned
 from llmprune.errors import InputError
 
-__all__ = ["Criterion", "Pruned", "criterion", "methods"]
+__all__ = ["COMPENSATIONS", "Criterion", "Pruned", "criterion", "methods"]
 
 
 @cache
@@ -27,7 +27,7 @@ def methods() -> dict[str, type[Criterion]]:
     return dict(sorted(found.items()))
 
 
-def criterion(name: str, seed: int = 0) -> Criterion:
+def criterion(name: str, seed: int = 0, compensation: str | None = None) -> Criterion:
     """The method of that name.
 
     Raises:
@@ -38,4 +38,4 @@ def criterion(name: str, seed: int = 0) -> Criterion:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise InputError(f"unknown method '{name}': {hint}choose from {', '.join(known)}")
-    return known[name](seed)
+    return known[name](seed, compensation)

@@ -11,6 +11,9 @@ from torch import Tensor
 from llmprune.patterns import Pattern, Unstructured
 from llmprune.sites import Site
 
+COMPENSATIONS = ("none", "bias", "least-squares")
+"""Nothing; the mean of what is pruned moved into the bias; that, and the best weights on the support."""
+
 
 @dataclass(frozen=True)
 class Pruned:
@@ -38,7 +41,8 @@ class Criterion(ABC):
         source: paper or origin.
         needs: statistics of the inputs, among "moments" and "gram"; empty means no calibration data.
         group: which weights compete under an unstructured pattern: "row" or "matrix".
-        moves_bias: True if the method repairs the mean output through the bias, where the config can carry one.
+        compensation: what repairs the output, unless the user asks for another: one of COMPENSATIONS.
+        moves_weights: True if `prune` moves surviving weights.
     """
 
     name: ClassVar[str]
@@ -46,11 +50,14 @@ class Criterion(ABC):
     source: ClassVar[str]
     needs: ClassVar[frozenset[str]] = frozenset({"moments"})
     group: ClassVar[str] = "row"
-    moves_bias: ClassVar[bool] = False
+    compensation: str = "none"
+    moves_weights: ClassVar[bool] = False
 
-    def __init__(self, seed: int = 0) -> None:
-        """`seed` matters to methods that draw random numbers."""
+    def __init__(self, seed: int = 0, compensation: str | None = None) -> None:
+        """`seed` matters to methods that draw random numbers; `compensation` replaces the method's own."""
         self.seed = seed
+        if compensation is not None:
+            self.compensation = compensation
 
     def check(self, pattern: Pattern) -> None:  # noqa: B027 - a hook that most methods leave alone
         """Raise InputError for a pattern this method cannot do."""
@@ -69,8 +76,13 @@ class Criterion(ABC):
         weight = dense.masked_fill(~keep, 0.0)
         if not self.compensates(site):
             return Pruned(weight, keep, note="no bias to move" if self.wants_bias(site) else "")
-        assert site.statistics is not None and site.statistics.moments is not None
-        return Pruned(weight, keep, (dense - weight) @ site.statistics.moments.mean)
+        assert site.statistics is not None
+        return Pruned(weight, keep, (dense - weight) @ site.statistics.mean)
+
+    @property
+    def moves_bias(self) -> bool:
+        """True if the mean output is repaired through the bias, where the config can carry one."""
+        return self.compensation != "none"
 
     def wants_bias(self, site: Site) -> bool:
         """True if the method would move this site's bias, if it had one."""

@@ -20,13 +20,14 @@ class SparseGPT(Criterion):
 
     With U^T U = (G + damping)^-1, a column's error e = w_j / U_jj is spread over the later columns by the
     row U_j. Unstructured sparsity is exact in every block of 128 columns over all rows; n:m groups are chosen on the
-    already updated weights.
+    already updated weights. Where a bias moves, the covariance takes the place of the Gram matrix.
     """
 
     name = "sparsegpt"
     summary = "second-order pruning with weight update, column by column"
     source = "Frantar and Alistarh, arXiv 2301.00774"
     needs = frozenset({"gram"})
+    moves_weights = True
 
     def check(self, pattern: Pattern) -> None:
         """Its unstructured pattern is its own: blocks of columns."""
@@ -43,20 +44,20 @@ class SparseGPT(Criterion):
     def score(self, site: Site) -> Tensor:
         """[out, in], W^2 / diag(U)^2 of the dense weights: the first decision, before any update."""
         assert site.statistics is not None and site.statistics.gram is not None
-        U, _ = site.statistics.gram.inverse_factor(DAMPING)
+        U, _ = site.statistics.gram.inverse_factor(DAMPING, self.compensates(site))
         return (site.weight.float() / U.diagonal()).square()
 
     def prune(self, site: Site, pattern: Pattern) -> Pruned:
         """Choose and update, block after block of columns."""
         assert site.statistics is not None and site.statistics.gram is not None
-        gram = site.statistics.gram
+        gram, centred = site.statistics.gram, self.compensates(site)
         try:
-            U, damping = gram.inverse_factor(DAMPING)
+            U, damping = gram.inverse_factor(DAMPING, centred)
         except InputError as error:
             raise InputError(f"{site.name}: {error}") from error
         # [in, out]: a column of the paper is a contiguous row here. Always a copy: a Conv1D is stored that way.
         W = site.weight.T.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-        dead = gram.matrix.diagonal() == 0  # never active: whatever their weights are, the output is the same
+        dead = gram.matrix_of(centred).diagonal() == 0  # whatever their weights are, the output is the same
         W[dead] = 0.0
         keep = torch.ones_like(W, dtype=torch.bool)
         with full_float32():
@@ -64,8 +65,15 @@ class SparseGPT(Criterion):
                 errors = _prune_columns(W, keep, U, start, stop, pattern)
                 W[stop:] -= U[start:stop, stop:].T @ errors
         notes = [f"damping {damping:g}"] * (damping != DAMPING)
-        notes += [f"{int(dead.sum())} inputs never active, their weights set to zero"] * bool(dead.any())
-        return Pruned((W * keep).T, keep.T, note="; ".join(notes))
+        if dead.any():
+            how = "varied" if centred else "active"
+            notes.append(f"{int(dead.sum())} inputs never {how}, their weights set to zero")
+        weight, shift = (W * keep).T, None
+        if centred:
+            shift = (site.weight.float() - weight) @ site.statistics.mean
+        elif self.wants_bias(site):
+            notes.append("no bias to move")
+        return Pruned(weight, keep.T, shift, "; ".join(notes))
 
 
 def _column_blocks(width: int, pattern: Pattern) -> list[tuple[int, int]]:

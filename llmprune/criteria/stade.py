@@ -18,11 +18,11 @@ class Stade(Wanda):
     name = "stade"
     summary = "W^2 times the variance of its input, the mean moved into the bias"
     source = "Diego Coello de Portugal Mecke et al., arXiv 2503.22451"
-    moves_bias = True
+    compensation = "bias"
 
     def score(self, site: Site) -> Tensor:
         """[out, in], W^2 Var(x) where the bias moves, Wanda's score elsewhere."""
         if not self.compensates(site):
             return super().score(site)
-        assert site.statistics is not None and site.statistics.moments is not None
-        return site.weight.float().square() * site.statistics.moments.variance
+        assert site.statistics is not None
+        return site.weight.float().square() * site.statistics.variance

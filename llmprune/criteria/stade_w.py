@@ -24,7 +24,7 @@ class StadeW(Stade):
 
     def wants_bias(self, site: Site) -> bool:
         """True on sites that no norm feeds."""
-        return not _fed_by_norm(site)
+        return super().wants_bias(site) and not _fed_by_norm(site)
 
 
 def _fed_by_norm(site: Site) -> bool:
