@@ -17,7 +17,6 @@ from llmprune.sites import Site
 from llmprune.swaps import swap
 
 REFINEMENTS = ("none", "swap")
-DAMPING = 0.01
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class Recipe:
             return pruned
         assert site.statistics is not None and site.statistics.gram is not None
         centred = self.criterion.compensates(site)
-        H = site.statistics.gram.damped(DAMPING, centred)
+        H = site.statistics.gram.damped(centred=centred)
         dense, keep = site.weight.float(), pruned.keep
         if self.refine == "swap":
             keep = swap(H, dense, keep, self.pattern)
