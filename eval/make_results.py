@@ -202,20 +202,26 @@ def _picture(rows: list[dict[str, Any]]) -> None:
     from matplotlib import pyplot
 
     models = [task.model for task in TASKS if any(row["model"] == task.model for row in rows)]
-    figure, axes = pyplot.subplots(1, len(models), figsize=(4.2 * len(models), 3.6), squeeze=False)
+    shown = [method for method in METHODS if method != "random"]  # it would press all others into one line
+    figure, axes = pyplot.subplots(1, len(models), figsize=(3.6 * len(models) + 1, 3.6), squeeze=False)
     for axis, model in zip(axes[0], models, strict=True):
-        for method in METHODS:
+        for i, method in enumerate(shown):
             points = [
-                (row["pattern"], float(row["perplexity"]) / float(row["dense_perplexity"]))
+                (PATTERNS.index(row["pattern"]) + (i / (len(shown) - 1) - 0.5) * 0.5,
+                 float(row["perplexity"]) / float(row["dense_perplexity"]))
                 for row in rows
                 if row["model"] == model and row["method"] == method
-            ]
-            if points:
-                axis.plot(*zip(*points, strict=True), marker="o", label=method)
-        axis.set(title=model, yscale="log", xlabel="pruned share, or n:m kept")
-        axis.grid(alpha=0.3, which="both")
-    axes[0][0].set_ylabel("perplexity / dense")
-    axes[0][-1].legend(fontsize=8)
+            ]  # fmt: skip
+            axis.plot(*zip(*points, strict=True), "o", label=method, markersize=7)
+        axis.set(title=model, yscale="log", xlim=(-0.5, len(PATTERNS) - 0.5),
+                 xticks=range(len(PATTERNS)), xticklabels=PATTERNS)  # fmt: skip
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
+        axis.tick_params(axis="y", which="both", labelsize=7)
+        axis.grid(alpha=0.3, which="both", axis="y")
+    axes[0][0].set_ylabel("perplexity / dense (random: off the scale)")
+    axes[0][-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
+    figure.supxlabel("pruned share, or n:m kept", fontsize=9)
     figure.tight_layout()
     figure.savefig(RESULTS / "quality.png", dpi=110)
 
