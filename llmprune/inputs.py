@@ -69,22 +69,21 @@ class InputStatistics:
     @property
     def energy(self) -> Tensor:
         """[in], E[x^2]."""
-        part = self.moments or self.gram
-        assert part is not None, "the criterion did not ask for a statistic"
-        return part.energy
+        return self._part.energy
 
     @property
     def mean(self) -> Tensor:
         """[in], E[x]."""
-        return self._with_mean.mean
+        return self._part.mean
 
     @property
     def variance(self) -> Tensor:
         """[in], with n - 1."""
-        return self._with_mean.variance
+        return self._part.variance
 
     @property
-    def _with_mean(self) -> Moments | Gram:
+    def _part(self) -> Moments | Gram:
+        """Whichever statistic was gathered."""
         part = self.moments or self.gram
         assert part is not None, "the criterion did not ask for a statistic"
         return part

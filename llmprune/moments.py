@@ -12,9 +12,6 @@ from torch import Tensor
 
 from llmprune.collectives import gathered
 
-CACHED = 2**19
-"""Elements at a time: what is read twice should come from the cache the second time."""
-
 
 class Moments:
     """Running mean and centred sum of squares of the rows fed to `update`.
@@ -32,10 +29,9 @@ class Moments:
 
     def update(self, x: Tensor) -> None:
         """Add the tokens x [n, in]."""
-        for rows in x.split(max(1, CACHED // x.shape[1])):
-            if len(rows):
-                mean = rows.mean(0)
-                self._merge(len(rows), mean, (rows - mean).square_().sum(0))
+        if len(x):
+            mean = x.mean(0)
+            self._merge(len(x), mean, (x - mean).square_().sum(0))
 
     def merge(self, other: Moments) -> None:
         """Add everything that `other` has seen."""

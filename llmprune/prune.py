@@ -140,7 +140,7 @@ def _prune_site(site: Site, recipe: Recipe) -> SiteReport:
     notes = ["pooled over the block's experts"] * site.pooled + [pruned.note] * bool(pruned.note)
     count = site.statistics.count if site.statistics is not None and recipe.needs else None
     zeros = pruned.keep.numel() - int(pruned.keep.sum())
-    return SiteReport(site.name, site.shape, zeros, error, count, "; ".join(notes))
+    return SiteReport(site.name, site.shape, zeros, error, count, "; ".join(notes), pruned.residual)
 
 
 def _relative_error(site: Site, pruned: Pruned) -> float | None:

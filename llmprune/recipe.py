@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from llmprune.criteria import Criterion, Pruned
 from llmprune.errors import InputError
 from llmprune.least_squares import TOLERANCE, least_squares
@@ -67,9 +65,9 @@ class Recipe:
         if self.refine == "swap":
             keep = swap(H, dense, keep, self.pattern)
         notes = ["no bias to move"] * (self.criterion.wants_bias(site) and not centred)
-        weight: Tensor = dense.masked_fill(~keep, 0.0)
+        weight, residual = dense.masked_fill(~keep, 0.0), None
         if self.solves:
             weight, residual = least_squares(H, dense, keep)
             notes += [f"least squares stopped at a residual of {residual:.1g}"] * (residual > TOLERANCE)
         shift = (dense - weight) @ site.statistics.mean if centred else None
-        return Pruned(weight, keep, shift, "; ".join(notes))
+        return Pruned(weight, keep, shift, "; ".join(notes), residual)

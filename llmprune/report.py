@@ -28,6 +28,7 @@ class SiteReport:
             calibration tokens; None without data.
         tokens: calibration tokens behind its statistics (a pooled expert has the pool's); None without statistics.
         note: pooled experts, a raised damping, inputs that were never active, a bias that could not be moved, or "".
+        residual: of the least squares that gave the weights, as a share of what it began with; None without.
     """
 
     name: str
@@ -36,6 +37,7 @@ class SiteReport:
     relative_error: float | None
     tokens: int | None
     note: str = ""
+    residual: float | None = None
 
     @property
     def size(self) -> int:

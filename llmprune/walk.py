@@ -64,7 +64,7 @@ def walk(
 
     Args:
         windows: token ids [n, seqlen], all ranks' together (each takes its share); None without data.
-        needs: statistics to gather, among "moments" and "gram".
+        needs: statistics to gather, among "moments", "gram" and "covariance".
         batch_size: windows per micro-batch, at most.
         device: where the visited block computes; None leaves every block where it is.
         done: called with the visit once its block has been propagated.

@@ -22,6 +22,7 @@ from llmprune import checkpoint
 from llmprune.cli import spread
 from llmprune.criteria import methods
 from llmprune.demo import run as demo
+from llmprune.least_squares import TOLERANCE
 
 Ok = Callable[..., str]
 
@@ -149,6 +150,8 @@ def test_refined_and_compensated_and_proved(dense: Path, data: Path, tmp_path: P
     assert (facts["config"]["refine"], facts["config"]["compensation"]) == ("swap", "least-squares")
     assert set(facts["bias_flags"]) == {"attention_bias", "mlp_bias"}
     assert plain["bias_flags"] == []
+    residuals = [site["residual"] for block in facts["blocks"] for site in block["sites"]]
+    assert all(0 < residual <= TOLERANCE for residual in residuals)
     errors = [
         [site["relative_error"] for block in run["blocks"][:1] for site in block["sites"]] for run in (facts, plain)
     ]

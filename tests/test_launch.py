@@ -44,7 +44,9 @@ def launch(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    ("method", "compensation"), [("stade", "bias"), ("sparsegpt", "none"), ("wanda", "least-squares")]
+    ("method", "compensation", "tolerance"),
+    # Least squares is solved to a residual, in sums that two processes take in another order.
+    [("stade", "bias", 1e-5), ("sparsegpt", "none", 1e-5), ("wanda", "least-squares", 1e-3)],
 )
 def test_two_processes_give_the_weights_of_one(
     method: str, compensation: str, tolerance: float, saved_llama: Path, windows: torch.Tensor, tmp_path: Path
@@ -65,9 +67,7 @@ def test_two_processes_give_the_weights_of_one(
     for name, weight in alone.model.state_dict().items():
         if name in together:
             assert torch.equal(weight == 0, together[name] == 0), name
-            torch.testing.assert_close(
-                weight, together[name], rtol=1e-4, atol=1e-5 if compensation != "least-squares" else 1e-3
-            )
+            torch.testing.assert_close(weight, together[name], rtol=1e-4, atol=tolerance)
 
 
 def test_an_error_on_two_processes_is_said_once_and_leaves_nothing(saved_llama: Path, tmp_path: Path) -> None:

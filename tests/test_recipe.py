@@ -25,6 +25,7 @@ from torch.testing import assert_close
 from llmprune import PruneConfig, prune
 from llmprune.criteria import criterion, methods
 from llmprune.errors import InputError
+from llmprune.least_squares import TOLERANCE
 from llmprune.patterns import NM, Unstructured
 from llmprune.recipe import Recipe
 from llmprune.sites import Site
@@ -59,6 +60,8 @@ def test_least_squares_on_wandas_mask(text: str, sparsity: str, width: int, bias
     assert np.array_equal(pruned.keep.numpy(), keep)
     assert objective(H, f64(pruned.weight) - W) == pytest.approx(objective(H, expected - W), rel=1e-4)
     assert_close(pruned.weight.double(), torch.from_numpy(expected), rtol=0, atol=0.05)
+    assert pruned.residual is not None
+    assert pruned.residual <= TOLERANCE
     if bias:
         assert pruned.bias_shift is not None
         shift = (W - f64(pruned.weight)) @ X.mean(0)

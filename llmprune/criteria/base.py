@@ -24,12 +24,14 @@ class Pruned:
         keep: bool [out, in], True = survives.
         bias_shift: [out] float32 to be added to the bias, or None.
         note: what the user should know about this site, or "".
+        residual: of the least squares that gave the weight, or None.
     """
 
     weight: Tensor
     keep: Tensor
     bias_shift: Tensor | None = None
     note: str = ""
+    residual: float | None = None
 
 
 class Criterion(ABC):
