@@ -41,10 +41,25 @@ PatternName = Annotated[
     str,
     typer.Option("--pattern", "--sparsity_type", help="unstructured, row, matrix, or n:m (n of m KEPT), such as 2:4."),
 ]
-Refine = Annotated[str, typer.Option("--refine", help="none, or swap: exchange kept and pruned weights of a row.")]
+Refine = Annotated[
+    str | None,
+    typer.Option("--refine", help="none, or swap: exchange kept and pruned weights of a row [the method's own]."),
+]
 Compensation = Annotated[
     str | None,
     typer.Option("--compensation", help="none, bias, or least-squares: what survives is moved [the method's own]."),
+]
+Sequential = Annotated[
+    str | None,
+    typer.Option("--sequential", help="block, or site: measure each behind the pruned ones [the method's own]."),
+]
+Target = Annotated[
+    str | None,
+    typer.Option("--target", help="own, or dense: approximate the dense model's output [the method's own]."),
+]
+Mix = Annotated[float, typer.Option("--mix", help="With --target dense: how much of it, from 0 to 1.")]
+Residual = Annotated[
+    float, typer.Option("--residual", help="With --target dense: share of the residual stream's error to cancel.")
 ]
 Calibration = Annotated[
     str | None,
@@ -137,8 +152,12 @@ def prune_command(
     method: Method = "wanda",
     sparsity: Sparsity = None,
     pattern: PatternName = "unstructured",
-    refine: Refine = "none",
+    refine: Refine = None,
     compensation: Compensation = None,
+    sequential: Sequential = None,
+    target: Target = None,
+    mix: Mix = 1.0,
+    residual: Residual = 1.0,
     dataset: Calibration = None,
     num_calibration_samples: Samples = 128,
     num_holdout_samples: Holdout = 8,
@@ -165,6 +184,10 @@ def prune_command(
         pattern=pattern,
         refine=refine,
         compensation=compensation,
+        sequential=sequential,
+        target=target,
+        mix=mix,
+        residual=residual,
         dataset=dataset,
         num_calibration_samples=num_calibration_samples,
         max_seq_length=max_seq_length,

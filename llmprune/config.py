@@ -9,8 +9,10 @@ from typing import Any
 from llmprune.criteria import COMPENSATIONS, criterion
 from llmprune.errors import InputError
 from llmprune.loading import check_dtype
+from llmprune.orders import IN_ORDER
 from llmprune.patterns import Pattern, parse_pattern
 from llmprune.recipe import REFINEMENTS, Recipe
+from llmprune.targets import TARGETS
 
 
 @dataclass(frozen=True)
@@ -21,9 +23,15 @@ class PruneConfig:
         method: name of a criterion (`llmprune methods` lists them).
         sparsity: share of every site's weights to prune, in (0, 1); None means 0.5, or what n:m implies.
         pattern: "unstructured" (the method's own grouping), "row", "matrix", or "n:m": n of m are KEPT.
-        refine: "none", or "swap": exchange kept and pruned weights of a row while the output error falls.
+        refine: "none", or "swap": exchange kept and pruned weights of a row while the output error falls. For this
+            and the next three, None means the method's own.
         compensation: "none", "bias" (the mean of what is pruned goes there), or "least-squares" (that, and the best
-            weights on the mask); None means the method's own.
+            weights on the mask).
+        sequential: "block" (all sites of a block measured while it is dense) or "site" (each measured with those
+            before it pruned).
+        target: "own" (the site's dense output on what it now receives) or "dense" (the dense model's output).
+        mix: in [0, 1], how much of a dense target is the dense model's; the rest is the site's own.
+        residual: in [0, 1], how much of the residual stream's error a dense target carries.
         dataset: FILE (.txt, .jsonl, .parquet, .npy), a Hub name, "c4", "wikitext2" or "self"; None if token
             windows are given directly or the method needs no data.
         num_calibration_samples: number of token windows.
@@ -41,8 +49,12 @@ class PruneConfig:
     method: str = "wanda"
     sparsity: float | None = None
     pattern: str = "unstructured"
-    refine: str = "none"
+    refine: str | None = None
     compensation: str | None = None
+    sequential: str | None = None
+    target: str | None = None
+    mix: float = 1.0
+    residual: float = 1.0
     dataset: str | None = None
     num_calibration_samples: int = 128
     max_seq_length: int | None = None
@@ -63,6 +75,8 @@ class PruneConfig:
         """
         _check_choice("refine", self.refine, REFINEMENTS)
         _check_choice("compensation", self.compensation, COMPENSATIONS)
+        _check_choice("sequential", self.sequential, tuple(IN_ORDER))
+        _check_choice("target", self.target, TARGETS)
         self.make_recipe().check()
         for name in ("num_calibration_samples", "batch_size"):
             if getattr(self, name) < 1:
@@ -87,7 +101,15 @@ class PruneConfig:
     def make_recipe(self) -> Recipe:
         """A fresh criterion with this run's seed, the pattern, and what the user adds to them."""
         chosen = criterion(self.method, self.seed, self.compensation)
-        return Recipe(chosen, self.make_pattern(), self.refine)
+        return Recipe(
+            chosen,
+            self.make_pattern(),
+            refine=self.refine or chosen.refine,
+            sequential=self.sequential or chosen.sequential,
+            target=self.target or chosen.target,
+            mix=self.mix,
+            residual=self.residual,
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """For the manifest."""

@@ -28,6 +28,7 @@ from llmprune.ready_windows import Windows, as_windows
 from llmprune.recipe import Recipe
 from llmprune.report import BlockReport, Report, SiteReport, peak_memory
 from llmprune.sites import Site, all_sites
+from llmprune.targets import wanted_output
 from llmprune.walk import Visit, loss, walk
 
 log = logging.getLogger(__name__)
@@ -114,14 +115,15 @@ def _prune_planned(
         def done(visit: Visit) -> None:
             block = BlockReport(visit.block.name, list(outcome), visit.relative_error, visit.seconds)
             report.blocks.append(block)
+            outcome.clear()
             bar.update()
             bar.set_postfix_str(_figures(block))
             log.info("%s: %s", block.name, _figures(block))
 
-        for visit in walk(model, plan.blocks, windows, needs=recipe.needs, batch_size=config.batch_size,
-                          device=device, done=done):  # fmt: skip
-            outcome.clear()
-            for site in visit.block.sites:
+        for visit in walk(model, plan.blocks, windows, needs=recipe.needs, sequential=recipe.sequential,
+                          residual=recipe.residual, batch_size=config.batch_size, device=device,
+                          done=done):  # fmt: skip
+            for site in visit.sites:
                 outcome.append(_prune_site(site, recipe))
     _check_ranks_agree(plan)
     if report.loss_before is not None and calibration is not None:
@@ -144,14 +146,14 @@ def _prune_site(site: Site, recipe: Recipe) -> SiteReport:
 
 
 def _relative_error(site: Site, pruned: Pruned) -> float | None:
-    """||x (W_new - W)^T + shift|| / ||x W^T|| over the sampled tokens of all ranks."""
+    """||output - wanted|| / ||wanted||, biases left out, over the sampled tokens of all ranks."""
     if site.statistics is None:
         return None
-    x, dense = site.statistics.sample, site.weight.float()
-    change = x @ (pruned.weight - dense).T
+    wanted = wanted_output(site)
+    change = site.statistics.sample @ pruned.weight.T - wanted
     if pruned.bias_shift is not None:
         change += pruned.bias_shift
-    squares = torch.stack([change.square().sum(), (x @ dense.T).square().sum()])
+    squares = torch.stack([change.square().sum(), wanted.square().sum()])
     wrong, whole = (float(v) for v in torch.stack(gathered(squares)).sum(0))
     return (wrong / whole) ** 0.5 if whole > 0 else None
 

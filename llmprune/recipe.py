@@ -1,11 +1,12 @@
-"""What is done to one site: a criterion chooses, refinement exchanges, compensation moves what survives.
+"""What is done to one site: it gets a target, a criterion chooses, refinement exchanges, compensation moves.
 
-The three are independent: any criterion's mask can be refined, and any mask compensated.
+These are independent: any criterion's mask can be refined, any mask compensated, for either target and in
+either order of the sites.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llmprune.criteria import Criterion, Pruned
 from llmprune.errors import InputError
@@ -13,6 +14,7 @@ from llmprune.least_squares import TOLERANCE, least_squares
 from llmprune.patterns import Pattern
 from llmprune.sites import Site
 from llmprune.swaps import swap
+from llmprune.targets import dense_target
 
 REFINEMENTS = ("none", "swap")
 
@@ -25,14 +27,25 @@ class Recipe:
         criterion: chooses the mask; its `compensation` is one of COMPENSATIONS.
         pattern: how many survive, and among which.
         refine: one of REFINEMENTS.
+        sequential: one of the ORDERS in which the sites of a block are measured and pruned.
+        target: one of TARGETS.
+        mix: in [0, 1], how much of a dense target is the dense model's; the rest is the site's own output.
+        residual: in [0, 1], how much of the residual stream's error a dense target carries.
     """
 
     criterion: Criterion
     pattern: Pattern
-    refine: str
+    refine: str = "none"
+    sequential: str = "block"
+    target: str = "own"
+    mix: float = 1.0
+    residual: float = 1.0
 
     def check(self) -> None:
         """Raise InputError for parts that do not fit together."""
+        for name in ("mix", "residual"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name} is {getattr(self, name)}: give a number from 0 to 1")
         self.criterion.check(self.pattern)
         if self.refine != "none" and self.criterion.moves_weights and self.criterion.compensation != "least-squares":
             raise InputError(
@@ -49,25 +62,35 @@ class Recipe:
     def needs(self) -> frozenset[str]:
         """Statistics to gather: the pairs of features include the single ones."""
         needs, moves_bias = self.criterion.needs, self.criterion.moves_bias
+        pairs = frozenset({"covariance" if moves_bias else "gram"})
+        if self.target == "dense":
+            return pairs | {"cross"}
         if self.solves or self.refine != "none" or "gram" in needs:
-            return frozenset({"covariance" if moves_bias else "gram"})
+            return pairs
         return needs | {"moments"} if moves_bias else needs
 
     def prune(self, site: Site) -> Pruned:
-        """Choose, refine, compensate."""
+        """Aim, choose, refine, compensate."""
+        centred = self.criterion.compensates(site)
+        notes = []
+        if self.target == "dense":
+            assert site.statistics is not None
+            if site.statistics.cross is not None:
+                site.target = dense_target(site, centred, self.mix)
+            else:
+                notes.append("own target: other tokens are routed here than in the dense model")
         pruned = self.criterion.prune(site, self.pattern)
         if self.refine == "none" and not self.solves:
-            return pruned
+            return replace(pruned, note="; ".join([*notes, *[pruned.note] * bool(pruned.note)]))
         assert site.statistics is not None and site.statistics.gram is not None
-        centred = self.criterion.compensates(site)
         H = site.statistics.gram.damped(centred=centred)
-        dense, keep = site.weight.float(), pruned.keep
+        goal, keep = site.goal, pruned.keep
         if self.refine == "swap":
-            keep = swap(H, dense, keep, self.pattern)
-        notes = ["no bias to move"] * (self.criterion.wants_bias(site) and not centred)
-        weight, residual = dense.masked_fill(~keep, 0.0), None
+            keep = swap(H, goal, keep, self.pattern)
+        notes += ["no bias to move"] * (self.criterion.wants_bias(site) and not centred)
+        weight, residual = goal.masked_fill(~keep, 0.0), None
         if self.solves:
-            weight, residual = least_squares(H, dense, keep)
+            weight, residual = least_squares(H, goal, keep)
             notes += [f"least squares stopped at a residual of {residual:.1g}"] * (residual > TOLERANCE)
-        shift = (dense - weight) @ site.statistics.mean if centred else None
+        shift = site.bias_shift(weight) if centred else None
         return Pruned(weight, keep, shift, "; ".join(notes), residual)

@@ -24,6 +24,19 @@ from llmprune.unprunable import find_routers, is_matrix, why_not
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+@dataclass(frozen=True)
+class Target:
+    """The linear map that pruning approximates.
+
+    Attributes:
+        weight: [out, in] float32.
+        mean: [out] float32, of its output over the calibration tokens, the site's present bias left out.
+    """
+
+    weight: Tensor
+    mean: Tensor
+
+
 @dataclass(eq=False)
 class Site:
     """One prunable weight matrix.
@@ -36,6 +49,7 @@ class Site:
         transposed: True if the storage is [in, out].
         statistics: what was seen of the inputs; None before collecting, or without calibration data.
         fed_by_norm: True if the input is the output of a norm of the same block; None if not observed.
+        target: what the site is to return instead of its own weights' output; None means that.
         pooled: True if too few tokens came and the statistics are those of all its sibling experts.
     """
 
@@ -46,6 +60,7 @@ class Site:
     transposed: bool = False
     statistics: InputStatistics | None = None
     fed_by_norm: bool | None = None
+    target: Target | None = None
     pooled: bool = False
 
     @property
@@ -62,6 +77,22 @@ class Site:
         if self.index is not None:
             data = data[self.index]
         return data.T if self.transposed else data
+
+    @property
+    def goal(self) -> Tensor:
+        """[out, in] float32: the weights that pruning approximates, the site's own unless it has a target."""
+        return self.weight.float() if self.target is None else self.target.weight
+
+    def bias_shift(self, weight: Tensor) -> Tensor:
+        """[out] float32: what the bias must gain for `weight` [out, in] to return the wanted mean."""
+        assert self.statistics is not None
+        if self.target is None:
+            return (self.weight.float() - weight) @ self.statistics.mean
+        return self.target.mean - weight @ self.statistics.mean
+
+    def forget(self) -> None:
+        """Let go of what was measured."""
+        self.statistics = self.target = None
 
     @property
     def bias(self) -> Tensor | None:

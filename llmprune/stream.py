@@ -7,6 +7,7 @@ any of them. From then on only one block at a time is needed, on whichever devic
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -51,6 +52,18 @@ class Stream:
 
     def __len__(self) -> int:
         return len(self._batches)
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks there are."""
+        return len(self._blocks)
+
+    def copy(self) -> Stream:
+        """A second stream that begins where this one is."""
+        twin = copy.copy(self)
+        twin.hidden = [hidden.clone() for hidden in self.hidden]
+        twin._arguments = list(self._arguments)
+        return twin
 
     def _recorder(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         block = self._blocks[index]

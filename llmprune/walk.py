@@ -1,9 +1,8 @@
 """THE walk over the decoder blocks: capture, collect, yield, propagate. Written once, for every method.
 
-For each block in order: it runs over the calibration windows, still dense, while the statistics of its
-sites' inputs are gathered; it is handed to the caller, who prunes it; it runs again, and what it now
-returns is what the next block will see. That is two block forwards per token. The first is cut short at
-the last site's input, and the last block needs no second.
+For each block in order: it runs over the calibration windows while the statistics of its sites' inputs are
+gathered; its sites are handed to the caller, who prunes them; and what the pruned block returns is what the
+next block will see. In which order the sites of a block come, and how often it runs for that, is in `orders`.
 """
 
 from __future__ import annotations
@@ -19,11 +18,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from llmprune.collect import Collector
 from llmprune.collectives import gathered_objects, world
+from llmprune.dense_side import DenseSide
 from llmprune.errors import InputError
-from llmprune.observe import AllSeen, Observer
-from llmprune.sites import Block
+from llmprune.orders import IN_ORDER, Job, check_order
+from llmprune.sites import Block, Site
 from llmprune.stream import Stream, visiting
+from llmprune.wiring import learn
 
 log = logging.getLogger(__name__)
 
@@ -33,11 +35,12 @@ CPU_TOKENS = 1024
 
 @dataclass
 class Visit:
-    """One block, ready to be pruned. What is done to it before the next is asked for is what later blocks see.
+    """A block, with some of its sites ready to be pruned. What is done to them is what later sites see.
 
     Attributes:
         index: position among the blocks.
-        block: the block with its sites, whose statistics are filled in.
+        block: the block.
+        sites: those that are ready, with their statistics. With --sequential site a block comes several times.
         seconds: wall time of its phases: collect, prune, propagate.
         relative_error: ||pruned output - dense output|| / ||what the dense block adds to the residual stream||
             on the first micro-batch of this rank; None without calibration windows.
@@ -45,6 +48,7 @@ class Visit:
 
     index: int
     block: Block
+    sites: list[Site] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     relative_error: float | None = None
 
@@ -56,6 +60,8 @@ def walk(
     windows: Tensor | None,
     *,
     needs: AbstractSet[str] = frozenset(),
+    sequential: str = "block",
+    residual: float = 1.0,
     batch_size: int = 8,
     device: torch.device | None = None,
     done: Callable[[Visit], None] = lambda visit: None,
@@ -64,70 +70,89 @@ def walk(
 
     Args:
         windows: token ids [n, seqlen], all ranks' together (each takes its share); None without data.
-        needs: statistics to gather, among "moments", "gram" and "covariance".
+        needs: statistics to gather, among "moments", "gram", "covariance" and "cross" (with the dense model's).
+        sequential: one of ORDERS.
+        residual: with "cross", the share of the stream's gathered error that is added to the targets.
         batch_size: windows per micro-batch, at most.
         device: where the visited block computes; None leaves every block where it is.
         done: called with the visit once its block has been propagated.
 
     Raises:
-        InputError: activations are not finite, or a site saw no token.
+        InputError: activations are not finite, a site saw no token, or a block does not allow the order.
     """
     rank, ranks = world()
     own = torch.empty(0, 1, dtype=torch.long) if windows is None else windows[rank::ranks]
     with evaluating(model), eager_experts(model, blocks):
-        stream = Stream(
-            model, [block.module for block in blocks], own, windows_per_pass(model, own, batch_size, device)
-        )
+        modules = [block.module for block in blocks]
+        stream = Stream(model, modules, own, windows_per_pass(model, own, batch_size, device))
+        dense = DenseSide(stream.copy(), stream, residual) if "cross" in needs else None
         for index, block in enumerate(blocks):
             visit = Visit(index, block)
             with visiting(block.module, device) as place:
-                dense = None
-                if windows is not None and block.sites:
-                    with _timed(visit, "collect"):
-                        dense = _collect(stream, visit, needs, place)
-                with _timed(visit, "prune"):
-                    yield visit
-                for site in block.sites:
-                    site.statistics = None
-                with _timed(visit, "propagate"):
-                    _propagate(stream, visit, dense, last=index == len(blocks) - 1)
+                if windows is None:
+                    visit.sites = block.sites
+                    with _timed(visit, "prune"):
+                        yield visit
+                else:
+                    steps = _steps(stream, visit, dense, needs, sequential, place)
+                    while _next(visit, steps):
+                        with _timed(visit, "prune"):
+                            yield visit
+                        for site in visit.sites:
+                            site.forget()
             stream.forget(index)
             done(visit)
 
 
-def _collect(stream: Stream, visit: Visit, needs: AbstractSet[str], device: torch.device) -> Tensor | None:
-    """Gather the statistics; returns the dense output of the first micro-batch."""
-    first: Tensor | None = None
-    with Observer(visit.block.module, visit.block.sites, needs, device) as observer:
-        for batch in range(len(stream)):
-            observer.begin_pass(complete=batch == 0)
-            try:
-                output = stream.run(visit.index, batch)
-            except AllSeen:
-                continue
-            if batch == 0:
-                first = output.to("cpu", copy=True)
-    observer.hand_out()
-    return first
+def _steps(
+    stream: Stream,
+    visit: Visit,
+    dense: DenseSide | None,
+    needs: AbstractSet[str],
+    sequential: str,
+    device: torch.device,
+) -> Iterator[list[Site]]:
+    """The sites of a block as they become ready; at the end the stream has passed it."""
+    first: list[Tensor] = []  # what the dense block makes of the first micro-batch
+
+    def run_first() -> None:
+        first.append(stream.run(visit.index, 0).to("cpu", copy=True))
+
+    def accept(batch: int, output: Tensor) -> None:
+        _accept(stream, visit, batch, output, first[0] if first and batch == 0 else None)
+
+    wiring, watched = learn(visit.block.module, visit.block.sites, run_first if len(stream) else None)
+    if dense is not None:
+        dense.run(visit.index, wiring)
+    # Nothing comes behind the last block: only its error is to be measured, on the first micro-batch.
+    batches = min(len(stream), 1) if visit.index == stream.blocks - 1 else len(stream)
+    collector = Collector(wiring.groups, needs, device)
+    job = Job(visit.index, stream, wiring, watched, collector, dense, accept, batches)
+    check_order(job, sequential)
+    yield from IN_ORDER[sequential](job)
 
 
-def _propagate(stream: Stream, visit: Visit, dense: Tensor | None, last: bool) -> None:
-    """Replace the stream's hidden states by the pruned block's output, and measure the block's error.
+def _next(visit: Visit, steps: Iterator[list[Site]]) -> bool:
+    """Make the next sites ready; False once there are none and the stream has passed the block."""
+    start = time.perf_counter()
+    visit.sites = next(steps, [])
+    phase = "collect" if visit.sites else "propagate"
+    visit.seconds[phase] = visit.seconds.get(phase, 0.0) + time.perf_counter() - start
+    return bool(visit.sites)
 
-    Of the last block only the first micro-batch is run, for that measurement.
-    """
-    for batch in range(min(len(stream), 1) if last else len(stream)):
-        output = stream.run(visit.index, batch)
-        if not torch.isfinite(output.sum(dtype=torch.float32)) and not torch.isfinite(output).all():  # cheap one first
-            raise InputError(
-                f"the output of {visit.block.name} is not finite (NaN or infinity): the model is broken or "
-                "overflows in this dtype; try --dtype float32"
-            )
-        if batch == 0 and dense is not None:
-            output = output.to("cpu")
-            added = (dense.float() - stream.hidden[0].float()).norm().item()
-            visit.relative_error = (output.float() - dense.float()).norm().item() / added if added else None
-        stream.hidden[batch].copy_(output)  # in place: new buffers for every block cost a tenth of the pass
+
+def _accept(stream: Stream, visit: Visit, batch: int, output: Tensor, dense: Tensor | None) -> None:
+    """Replace a micro-batch by the pruned block's output; where the dense block's is given, measure the error."""
+    if not torch.isfinite(output.sum(dtype=torch.float32)) and not torch.isfinite(output).all():  # cheap one first
+        raise InputError(
+            f"the output of {visit.block.name} is not finite (NaN or infinity): the model is broken or "
+            "overflows in this dtype; try --dtype float32"
+        )
+    if dense is not None:
+        output = output.to("cpu")
+        added = (dense.float() - stream.hidden[batch].float()).norm().item()
+        visit.relative_error = (output.float() - dense.float()).norm().item() / added if added else None
+    stream.hidden[batch].copy_(output)  # in place: new buffers for every block cost a tenth of the pass
 
 
 @torch.no_grad()

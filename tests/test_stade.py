@@ -25,11 +25,12 @@ from literal import (
 from torch import nn
 from torch.testing import assert_close
 
+from llmprune.collect import Collector
 from llmprune.criteria import criterion
 from llmprune.errors import InputError
-from llmprune.observe import Observer
 from llmprune.patterns import NM, Unstructured
 from llmprune.sites import Site
+from llmprune.wiring import learn
 
 FED_BY_A_NORM = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "fc1", "qkv_proj", "query_key_value", "c_attn",
                  "gate_up_proj", "c_fc", "dense_h_to_4h")  # fmt: skip
@@ -185,10 +186,13 @@ class OddBlock(nn.Module):
 def test_what_feeds_a_site_is_observed_in_a_block_of_unknown_names() -> None:
     block = OddBlock()
     sites = [Site(f"layers.0.{name}", getattr(block, name), "weight") for name in ("into", "back")]
-    with Observer(block, sites, {"moments"}, torch.device("cpu")) as observer:
-        observer.begin_pass(complete=True)
-        block(torch.randn(2, 9, 12))
-    observer.hand_out()
+    x = torch.randn(2, 9, 12)
+    wiring, seen = learn(block, sites, lambda: block(x))
+    collector = Collector(wiring.groups, {"moments"}, torch.device("cpu"))
+    for group, (_, arrived) in zip(wiring.groups, seen.arrivals, strict=True):
+        collector.add(group, arrived)
+    collector.hand_out(wiring.groups)
     into, back = sites
+    assert [group.joins_stream for group in wiring.groups] == [False, True]
     assert criterion("stade-w").prune(into, NM(2, 4)).bias_shift is None
     assert criterion("stade-w").prune(back, NM(2, 4)).bias_shift is not None

@@ -15,10 +15,10 @@ PACKAGES = {"llmprune": ROOT / "llmprune", "llmprune_eval": ROOT / "eval", "llmp
 # From the ground up: a module may import from its own layer or one below it.
 LAYERS = (
     {"errors", "collectives", "reload_proof"},
-    {"moments", "gram", "patterns", "ready_windows"},
+    {"moments", "gram", "cross", "patterns", "ready_windows"},
     {"inputs", "sites", "biases", "stream", "loading", "unprunable", "least_squares", "swaps"},
-    {"observe", "walk", "criteria", "report"},
-    {"recipe", "config"},
+    {"wiring", "collect", "dense_side", "targets", "criteria", "report"},
+    {"orders", "walk", "recipe", "config"},
     {"calibration", "planning", "checkpoint", "inspection", "tables"},
     {"prune", "launch"},
     {"commands", "demo"},

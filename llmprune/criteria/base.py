@@ -44,6 +44,7 @@ class Criterion(ABC):
         needs: statistics of the inputs, among "moments" and "gram"; empty means no calibration data.
         group: which weights compete under an unstructured pattern: "row" or "matrix".
         compensation: what repairs the output, unless the user asks for another: one of COMPENSATIONS.
+        refine, sequential, target: its own choice among REFINEMENTS, ORDERS and TARGETS, unless the user has another.
         moves_weights: True if `prune` moves surviving weights.
     """
 
@@ -53,6 +54,9 @@ class Criterion(ABC):
     needs: ClassVar[frozenset[str]] = frozenset({"moments"})
     group: ClassVar[str] = "row"
     compensation: str = "none"
+    refine: ClassVar[str] = "none"
+    sequential: ClassVar[str] = "block"
+    target: ClassVar[str] = "own"
     moves_weights: ClassVar[bool] = False
 
     def __init__(self, seed: int = 0, compensation: str | None = None) -> None:
@@ -71,15 +75,13 @@ class Criterion(ABC):
     def prune(self, site: Site, pattern: Pattern) -> Pruned:
         """Choose the survivors and, where the method moves the bias, compensate the mean.
 
-        bias_shift = (W_dense - W_new) mean(x), from the dense weights (arXiv 2503.22451).
+        bias_shift = (W_dense - W_new) mean(x), from the dense weights (arXiv 2503.22451), or the target's mean.
         """
-        dense = site.weight.float()
         keep = pattern.keep(self.score(site), self.group)
-        weight = dense.masked_fill(~keep, 0.0)
+        weight = site.goal.masked_fill(~keep, 0.0)
         if not self.compensates(site):
             return Pruned(weight, keep, note="no bias to move" if self.wants_bias(site) else "")
-        assert site.statistics is not None
-        return Pruned(weight, keep, (dense - weight) @ site.statistics.mean)
+        return Pruned(weight, keep, site.bias_shift(weight))
 
     @property
     def moves_bias(self) -> bool:

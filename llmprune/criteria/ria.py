@@ -21,6 +21,6 @@ class Ria(Criterion):
     def score(self, site: Site) -> Tensor:
         """[out, in]; an empty row or column counts as sum 1e-12."""
         assert site.statistics is not None
-        size = site.weight.float().abs()
+        size = site.goal.abs()
         relative = size / (size.sum(0, keepdim=True) + EPSILON) + size / (size.sum(1, keepdim=True) + EPSILON)
         return relative * site.statistics.energy.pow(0.25)

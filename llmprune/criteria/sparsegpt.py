@@ -45,7 +45,7 @@ class SparseGPT(Criterion):
         """[out, in], W^2 / diag(U)^2 of the dense weights: the first decision, before any update."""
         assert site.statistics is not None and site.statistics.gram is not None
         U, _ = site.statistics.gram.inverse_factor(DAMPING, self.compensates(site))
-        return (site.weight.float() / U.diagonal()).square()
+        return (site.goal / U.diagonal()).square()
 
     def prune(self, site: Site, pattern: Pattern) -> Pruned:
         """Choose and update, block after block of columns."""
@@ -56,7 +56,7 @@ class SparseGPT(Criterion):
         except InputError as error:
             raise InputError(f"{site.name}: {error}") from error
         # [in, out]: a column of the paper is a contiguous row here. Always a copy: a Conv1D is stored that way.
-        W = site.weight.T.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        W = site.goal.T.clone(memory_format=torch.contiguous_format)
         dead = gram.matrix_of(centred).diagonal() == 0  # whatever their weights are, the output is the same
         W[dead] = 0.0
         keep = torch.ones_like(W, dtype=torch.bool)
@@ -70,7 +70,7 @@ class SparseGPT(Criterion):
             notes.append(f"{int(dead.sum())} inputs never {how}, their weights set to zero")
         weight, shift = (W * keep).T, None
         if centred:
-            shift = (site.weight.float() - weight) @ site.statistics.mean
+            shift = site.bias_shift(weight)
         elif self.wants_bias(site):
             notes.append("no bias to move")
         return Pruned(weight, keep.T, shift, "; ".join(notes))

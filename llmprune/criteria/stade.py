@@ -25,4 +25,4 @@ class Stade(Wanda):
         if not self.compensates(site):
             return super().score(site)
         assert site.statistics is not None
-        return site.weight.float().square() * site.statistics.variance
+        return site.goal.square() * site.statistics.variance

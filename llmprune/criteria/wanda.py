@@ -18,4 +18,4 @@ class Wanda(Criterion):
     def score(self, site: Site) -> Tensor:
         """[out, in], |W| sqrt(E[x^2])."""
         assert site.statistics is not None
-        return site.weight.float().abs() * site.statistics.energy.sqrt()
+        return site.goal.abs() * site.statistics.energy.sqrt()

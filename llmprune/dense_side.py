@@ -1,0 +1,68 @@
+"""The dense model's stream beside the pruned one, and what it has for each of a block's groups.
+
+It passes through every block while that is still dense. A group whose output is added to the residual stream
+is given that output and, on top, the error that the stream has gathered so far: it can cancel it. Any other
+group is given its input.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from llmprune.stream import Stream
+from llmprune.wiring import Group, Wiring, listening
+
+
+class DenseSide:
+    """The dense values of every micro-batch, kept on the CPU until they are taken."""
+
+    def __init__(self, dense: Stream, pruned: Stream, residual: float) -> None:
+        """`residual` in [0, 1] is the share of the stream's error that is added to the targets."""
+        self._dense, self._pruned, self._residual = dense, pruned, residual
+        self._values: list[dict[Group, Tensor]] = []
+        self._error: list[Tensor | None] = []  # dense minus pruned residual stream, by micro-batch
+
+    def run(self, index: int, wiring: Wiring) -> None:
+        """Take the dense stream through block `index`, and keep what its groups received or returned."""
+        values: dict[Group, Tensor] = {}
+
+        def arrived(group: Group, x: Tensor) -> None:
+            if not group.joins_stream:
+                values[group] = x.to("cpu")
+
+        def returned(group: Group, y: Tensor) -> None:
+            values[group] = y.to("cpu")
+
+        groups = [group for group in wiring.groups if not group.routed]
+        joins = any(group.joins_stream for group in groups)
+        self._values.clear()
+        self._error.clear()
+        with listening(groups, arrived, returned):
+            for batch, hidden in enumerate(self._dense.hidden):
+                values = {}
+                output = self._dense.run(index, batch)
+                self._values.append(values)
+                self._error.append(hidden - self._pruned.hidden[batch] if joins else None)
+                hidden.copy_(output)
+        self._dense.forget(index)
+
+    def take(self, batch: int, group: Group) -> Tensor | None:
+        """What the dense model has for the group; None for experts, to which other tokens go there."""
+        value = self._values[batch].get(group)
+        if value is None:
+            return None
+        if not group.joins_stream:
+            return self._values[batch].pop(group)
+        error = self._error[batch]
+        return value if error is None or not self._residual else value + self._residual * error
+
+    def settle(self, batch: int, group: Group, output: Tensor | None) -> None:
+        """The group has returned `output`, or None: it will hit what it was given.
+
+        What it misses is added to the error that later groups may cancel.
+        """
+        value, error = self._values[batch].pop(group), self._error[batch]
+        if output is None:
+            self._error[batch] = None
+        elif error is not None:
+            self._error[batch] = error + (value - output.to("cpu"))
