@@ -31,12 +31,12 @@ from llmprune.tables import table
 from llmprune.walk import CPU_TOKENS
 
 RESULTS = Path(__file__).resolve().parent / "results"
-METHODS = ("wanda", "stade", "sparsegpt")
+CASES = (("wanda", "block"), ("stade", "block"), ("sparsegpt", "block"), ("wanda", "site"), ("regress", "site"))
 WINDOWS, LENGTH, BATCH, TURNS = 128, 512, 8, 3
 SMALL_BATCH = CPU_TOKENS // LENGTH
 PHASES = ("collect", "prune", "propagate", "other")
 FIELDS = (
-    "date method pattern dense_seconds prune_seconds ratio ratio_min ratio_max ratio_small_batches "
+    "date method sequential pattern dense_seconds prune_seconds ratio ratio_min ratio_max ratio_small_batches "
     "collect prune propagate other peak_rss_gb dense_rss_gb threads machine versions command"
 ).split()
 
@@ -67,11 +67,11 @@ def dense_seconds(model: PreTrainedModel, windows: torch.Tensor, batch_size: int
     return time.perf_counter() - start
 
 
-def measure(method: str, pattern: str) -> dict[str, Any]:
+def measure(method: str, sequential: str, pattern: str) -> dict[str, Any]:
     """All turns of one method."""
     model = build()
     windows = torch.randint(0, 2048, (WINDOWS, LENGTH), generator=torch.Generator().manual_seed(0))
-    config = PruneConfig(method=method, pattern=pattern, batch_size=BATCH)
+    config = PruneConfig(method=method, sequential=sequential, pattern=pattern, batch_size=BATCH)
     dense_seconds(model, windows[:BATCH])  # warm up
     turns = []
     dense_rss = 0
@@ -88,6 +88,7 @@ def measure(method: str, pattern: str) -> dict[str, Any]:
     return {
         "date": time.strftime("%Y-%m-%d"),
         "method": method,
+        "sequential": sequential,
         "pattern": pattern,
         "dense_seconds": statistics.median(dense for dense, *_ in turns),
         "prune_seconds": statistics.median(pruned for *_, pruned, _ in turns),
@@ -101,20 +102,20 @@ def measure(method: str, pattern: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
         "versions": " ".join(f"{name}={value}" for name, value in versions().items()),
-        "command": f"python eval/bench_prune.py --method {method} --pattern {pattern}",
+        "command": f"python eval/bench_prune.py --method {method} --sequential {sequential} --pattern {pattern}",
     }
 
 
 def show(rows: list[dict[str, Any]]) -> str:
     """The table: where the time goes, in units of the dense forward pass."""
     cells = [
-        (r["method"], f"{r['dense_seconds']:.1f}", f"{r['prune_seconds']:.1f}", f"{r['ratio']:.2f}",
+        (r["method"], r["sequential"], f"{r['dense_seconds']:.1f}", f"{r['prune_seconds']:.1f}", f"{r['ratio']:.2f}",
          f"{r['ratio_min']:.2f}-{r['ratio_max']:.2f}", f"{r['ratio_small_batches']:.2f}",
          *(f"{r[p] / r['dense_seconds']:.3f}" for p in PHASES),
          f"{r['peak_rss_gb']:.2f}")
         for r in rows
     ]  # fmt: skip
-    columns = ("method", "dense s", "prune s", "ratio", "range", f"by {SMALL_BATCH}s", *PHASES, "RSS GB")
+    columns = ("method", "order", "dense s", "prune s", "ratio", "range", f"by {SMALL_BATCH}s", *PHASES, "RSS GB")
     title = (
         f"{WINDOWS} windows of {LENGTH} tokens; medians of {TURNS}; ratio and phases in units of the dense pass in "
         f"batches of {BATCH}, 'by {SMALL_BATCH}s': of {SMALL_BATCH}"
@@ -136,16 +137,18 @@ def record(row: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time pruning against a dense forward pass.")
-    parser.add_argument("--method", action="append")
+    parser.add_argument("--method", help="time this one only")
+    parser.add_argument("--sequential", default="block", choices=["block", "site"], help="with --method")
     parser.add_argument("--pattern", default="unstructured")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.child:
-        print(json.dumps(measure(chosen.method[0], chosen.pattern)))
+        print(json.dumps(measure(chosen.method, chosen.sequential, chosen.pattern)))
         return
     rows = []
-    for method in chosen.method or METHODS:
-        command = [sys.executable, __file__, "--child", "--method", method, "--pattern", chosen.pattern]
+    for method, sequential in [(chosen.method, chosen.sequential)] if chosen.method else CASES:
+        command = [sys.executable, __file__, "--child", "--method", method, "--sequential", sequential]
+        command += ["--pattern", chosen.pattern]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         rows.append(json.loads(done.stdout.splitlines()[-1]))
         record(rows[-1])

@@ -1,6 +1,6 @@
 """Prune the real models of ../shared by every method and pattern, score them, and write eval/results/.
 
-    python eval/make_results.py [--model NAME ...] [--method NAME ...]
+    python eval/make_results.py [--model NAME ...] [--row NAME ...] [--pattern P ...]
 
 Rows already in quality.csv are replaced by those of this run; the tables in quality.md and the picture are
 drawn from the whole file. Each row is what the two commands in it do.
@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,6 @@ from llmprune_eval.text import joined_windows, open_text
 from torch import Tensor
 
 from llmprune import InputError, PruneConfig, prune
-from llmprune.criteria import methods
 from llmprune.loading import load_model, load_tokenizer
 from llmprune.report import versions
 
@@ -31,8 +32,19 @@ FIELDS = (
     "model method pattern perplexity dense_perplexity kl top1_agreement sparsity decoder_share windows tokens "
     "calibration_sha256 prune_command eval_command versions"
 ).split()
-METHODS = ("random", "magnitude", "wanda", "ria", "stade", "stade-w", "sparsegpt")
-PATTERNS = ("0.5", "0.7", "2:4", "4:8")
+ROWS: dict[str, dict[str, Any]] = {
+    **{name: {"method": name} for name in ("random", "magnitude", "wanda", "ria", "stade", "stade-w", "sparsegpt")},
+    "wanda + least squares": {"method": "wanda", "compensation": "least-squares"},
+    "stade + least squares": {"method": "stade", "compensation": "least-squares"},
+    "sparsegpt + bias": {"method": "sparsegpt", "compensation": "bias"},
+    "regress": {"method": "regress"},
+    "regress without swaps": {"method": "regress", "refine": "none"},
+    "regress without dense target": {"method": "regress", "target": "own"},
+    "regress without residual": {"method": "regress", "residual": 0.0},
+    "regress without site order": {"method": "regress", "sequential": "block"},
+}
+"""What is done to the model, as the options of `llmprune prune`."""
+PATTERNS = ("0.5", "0.6", "0.7", "2:4", "4:8")
 
 
 @dataclass(frozen=True)
@@ -70,11 +82,12 @@ def evaluation_windows(task: Task) -> Tensor:
     return joined_windows(source.texts, source.protocol.joiner, tokenizer, task.length)[: task.scored]
 
 
-def commands(task: Task, method: str, pattern: str) -> tuple[str, str]:
+def commands(task: Task, options: dict[str, Any], pattern: str) -> tuple[str, str]:
     """The two commands that make a row."""
     how = f"--pattern {pattern}" if ":" in pattern else f"--sparsity {pattern}"
+    words = " ".join(f"--{name} {value}" for name, value in options.items())
     first = (
-        f"llmprune prune ../shared/models/{task.model} -o OUT --method {method} {how} "
+        f"llmprune prune ../shared/models/{task.model} -o OUT {words} {how} "
         f"--dataset {_named(task.calibration)} --num-calibration-samples {task.windows} --max-seq-length {task.length}"
     )
     limit = f" --num-samples {task.scored}" if task.scored else ""
@@ -88,50 +101,47 @@ def _named(spec: str) -> str:
     return f"{name}{colon}../shared/{path}"
 
 
-def run(task: Task, wanted: set[str]) -> list[dict[str, Any]]:
+def run(task: Task, wanted: Sequence[str], patterns: Sequence[str]) -> list[dict[str, Any]]:
     """All rows of one model."""
     folder = str(SHARED / "models" / task.model)
     windows, tokenizer, dense = evaluation_windows(task), load_tokenizer(folder), load_model(folder)
     base = evaluate(dense, windows)
     common = {"model": task.model, "dense_perplexity": base.perplexity, "windows": base.windows, "tokens": base.tokens}
     common["versions"] = " ".join(f"{k}={v}" for k, v in versions().items())
-    _, eval_command = commands(task, "dense", "0.5")
+    _, eval_command = commands(task, {}, "0.5")
     rows = [{**common, "method": "dense", "perplexity": base.perplexity, "eval_command": eval_command}]
-    for pattern in PATTERNS:
-        for method in METHODS:
-            if method not in wanted:
-                continue
-            asked = {"pattern": pattern} if ":" in pattern else {"sparsity": float(pattern)}
-            config = PruneConfig(
-                method=method,
-                dataset=located(task.calibration),
-                num_calibration_samples=task.windows,
-                max_seq_length=task.length,
-                num_holdout_samples=0,
-                **asked,
-            )
-            try:
-                result = prune(load_model(folder), config, tokenizer=tokenizer)
-            except InputError as error:
-                print(f"{task.model} {method} {pattern}: {error}", flush=True)
-                continue
-            scores = evaluate(result.model, windows, against=dense if task.divergence else None)
-            prune_command, eval_command = commands(task, method, pattern)
-            rows.append(
-                {
-                    **common,
-                    **scores.as_dict(),
-                    "dense_perplexity": base.perplexity,
-                    "method": method,
-                    "pattern": pattern,
-                    "sparsity": result.report.sparsity,
-                    "decoder_share": result.report.decoder_share,
-                    "calibration_sha256": (result.report.calibration or {})["sha256"],
-                    "prune_command": prune_command,
-                    "eval_command": eval_command,
-                }
-            )
-            print(f"{task.model:22} {method:10} {pattern:4} {scores.perplexity:10.3f}", flush=True)
+    for pattern, name in itertools.product(patterns, wanted):
+        asked = {"pattern": pattern} if ":" in pattern else {"sparsity": float(pattern)}
+        config = PruneConfig(
+            dataset=located(task.calibration),
+            num_calibration_samples=task.windows,
+            max_seq_length=task.length,
+            num_holdout_samples=0,
+            **ROWS[name],
+            **asked,
+        )
+        try:
+            result = prune(load_model(folder), config, tokenizer=tokenizer)
+        except InputError as error:
+            print(f"{task.model} {name} {pattern}: {error}", flush=True)
+            continue
+        scores = evaluate(result.model, windows, against=dense if task.divergence else None)
+        prune_command, eval_command = commands(task, ROWS[name], pattern)
+        rows.append(
+            {
+                **common,
+                **scores.as_dict(),
+                "dense_perplexity": base.perplexity,
+                "method": name,
+                "pattern": pattern,
+                "sparsity": result.report.sparsity,
+                "decoder_share": result.report.decoder_share,
+                "calibration_sha256": (result.report.calibration or {})["sha256"],
+                "prune_command": prune_command,
+                "eval_command": eval_command,
+            }
+        )
+        print(f"{task.model:22} {name:28} {pattern:4} {scores.perplexity:10.3f}", flush=True)
     return rows
 
 
@@ -147,7 +157,7 @@ def merged(new: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return row["model"], row.get("pattern", ""), row["method"]
 
     rows = list({**{key(row): row for row in old}, **{key(row): row for row in new}}.values())
-    models, order = [task.model for task in TASKS], ["dense", *METHODS]
+    models, order = [task.model for task in TASKS], ["dense", *ROWS]
     patterns = ["", *PATTERNS]
     rank = lambda row: (models.index(row["model"]), patterns.index(row.get("pattern", "")), order.index(row["method"]))  # noqa: E731
     return sorted(rows, key=rank)
@@ -184,7 +194,7 @@ def _markdown(task: Task, rows: list[dict[str, Any]]) -> str:
     )
     lines = [head, f"| method | {' | '.join(PATTERNS)} |", "|---|" + "---|" * len(PATTERNS)]
     lines.append("| dense |" + f" {value['dense', '']:.2f} |" * len(PATTERNS))
-    for method in METHODS:
+    for method in ROWS:
         cells = []
         for pattern in PATTERNS:
             figure = value.get((method, pattern))
@@ -202,7 +212,8 @@ def _picture(rows: list[dict[str, Any]]) -> None:
     from matplotlib import pyplot
 
     models = [task.model for task in TASKS if any(row["model"] == task.model for row in rows)]
-    shown = [method for method in METHODS if method != "random"]  # it would press all others into one line
+    # Random would press all others into one line; the ablation is for the table.
+    shown = [name for name in ROWS if name != "random" and "without" not in name]
     figure, axes = pyplot.subplots(1, len(models), figsize=(3.6 * len(models) + 1, 3.6), squeeze=False)
     for axis, model in zip(axes[0], models, strict=True):
         for i, method in enumerate(shown):
@@ -229,14 +240,15 @@ def _picture(rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Prune and score the models of ../shared.")
     parser.add_argument("--model", action="append", choices=[task.model for task in TASKS])
-    parser.add_argument("--method", action="append", choices=list(methods()))
+    parser.add_argument("--row", action="append", choices=list(ROWS))
+    parser.add_argument("--pattern", action="append", choices=PATTERNS)
     chosen = parser.parse_args()
     if not SHARED.is_dir():
         parser.error(f"{SHARED} is missing: the models and texts are not part of this repository")
     torch.manual_seed(0)
     for task in TASKS:
         if not chosen.model or task.model in chosen.model:
-            write(merged(run(task, set(chosen.method or METHODS))))
+            write(merged(run(task, chosen.row or list(ROWS), chosen.pattern or PATTERNS)))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ group is given its input.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from llmprune.stream import Stream
@@ -20,28 +21,32 @@ class DenseSide:
         """`residual` in [0, 1] is the share of the stream's error that is added to the targets."""
         self._dense, self._pruned, self._residual = dense, pruned, residual
         self._values: list[dict[Group, Tensor]] = []
+        self._buffers: dict[tuple[int, int], Tensor] = {}  # by micro-batch and group; fresh ones would cost page faults
         self._error: list[Tensor | None] = []  # dense minus pruned residual stream, by micro-batch
 
     def run(self, index: int, wiring: Wiring) -> None:
         """Take the dense stream through block `index`, and keep what its groups received or returned."""
-        values: dict[Group, Tensor] = {}
+        groups = [group for group in wiring.groups if not group.routed]
+        joins = any(group.joins_stream for group in groups)
+
+        def keep(group: Group, value: Tensor) -> None:
+            place = len(self._values) - 1, groups.index(group)
+            buffer = self._buffers.get(place)
+            if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
+                buffer = self._buffers[place] = torch.empty_like(value, device="cpu")
+            # A copy, as blocks add to what enters or leaves a site in place.
+            self._values[-1][group] = buffer.copy_(value)
 
         def arrived(group: Group, x: Tensor) -> None:
             if not group.joins_stream:
-                values[group] = x.to("cpu")
+                keep(group, x)
 
-        def returned(group: Group, y: Tensor) -> None:
-            values[group] = y.to("cpu")
-
-        groups = [group for group in wiring.groups if not group.routed]
-        joins = any(group.joins_stream for group in groups)
         self._values.clear()
         self._error.clear()
-        with listening(groups, arrived, returned):
+        with listening(groups, arrived, keep):
             for batch, hidden in enumerate(self._dense.hidden):
-                values = {}
+                self._values.append({})
                 output = self._dense.run(index, batch)
-                self._values.append(values)
                 self._error.append(hidden - self._pruned.hidden[batch] if joins else None)
                 hidden.copy_(output)
         self._dense.forget(index)
@@ -54,7 +59,9 @@ class DenseSide:
         if not group.joins_stream:
             return self._values[batch].pop(group)
         error = self._error[batch]
-        return value if error is None or not self._residual else value + self._residual * error
+        if error is None or not self._residual:
+            return value
+        return value + self._residual * error.reshape(value.shape)  # some blocks flatten what enters a site
 
     def settle(self, batch: int, group: Group, output: Tensor | None) -> None:
         """The group has returned `output`, or None: it will hit what it was given.
@@ -65,4 +72,4 @@ class DenseSide:
         if output is None:
             self._error[batch] = None
         elif error is not None:
-            self._error[batch] = error + (value - output.to("cpu"))
+            self._error[batch] = error + (value - output.to("cpu")).reshape(error.shape)

@@ -145,6 +145,14 @@ class Gram:
         """[in, in], a new matrix: C or G with 1 on the diagonal of dead features, plus damping * mean(diagonal) * I."""
         return _damped(self.matrix_of(centred), damping)
 
+    @property
+    def ridge(self) -> float:
+        """The damping of a regression: 0.01, and `in` tokens more, on which the dense weights are right.
+
+        With few tokens a row's weights would otherwise fit what is particular to them.
+        """
+        return 0.01 + len(self._upper) / max(self.count, 1)
+
     def inverse_factor(self, damping: float = 0.01, centred: bool = False) -> tuple[Tensor, float]:
         """U [in, in], upper, with U^T U = H^-1 for the damped H, and the damping used.
 

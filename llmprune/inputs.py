@@ -62,7 +62,7 @@ class InputStatistics:
             self.sample = torch.cat([self.sample, x[rows]])
         if self.cross is not None:
             assert z is not None
-            z = z.detach().reshape(len(x), -1).float()
+            z = z.detach().to(x.device).reshape(len(x), -1).float()
             self.cross.update(z, x)
             if missing > 0:
                 self.dense_sample = torch.cat([self.dense_sample, z[rows]])

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from llmprune.calibration import window_length
 from llmprune.config import PruneConfig
 from llmprune.errors import InputError
+from llmprune.recipe import Recipe
 from llmprune.sites import Block, Skipped, all_sites, survey
 
 
@@ -67,29 +68,46 @@ def make_plan(model: PreTrainedModel, config: PruneConfig) -> Plan:
         model_parameters=sum(p.numel() for p in model.parameters()),
         site_parameters=sum(site.shape[0] * site.shape[1] for site in sites),
         seqlen=seqlen,
-        passes=2 - 1 / len(blocks) if data else 0.0,
-        memory=_memory(model, blocks, config, seqlen, recipe.needs, data),
+        passes=_passes(recipe, len(blocks)) if data else 0.0,
+        memory=_memory(model, blocks, config, seqlen, recipe, data),
     )
 
 
+def _passes(recipe: Recipe, blocks: int) -> float:
+    """Of the last block nothing is wanted but its statistics, where that is a pass of its own."""
+    return (1.0 if recipe.sequential == "site" else 2 - 1 / blocks) + (recipe.target == "dense")
+
+
 def _memory(
-    model: PreTrainedModel, blocks: list[Block], config: PruneConfig, seqlen: int, needs: frozenset[str], data: bool
+    model: PreTrainedModel, blocks: list[Block], config: PruneConfig, seqlen: int, recipe: Recipe, data: bool
 ) -> dict[str, int]:
-    """Estimates in bytes; statistics as if no two sites shared an input."""
+    """Estimates in bytes; statistics and dense values as if no two sites shared an input."""
     hidden_size = model.config.get_text_config(decoder=True).hidden_size
     item = next(model.parameters()).element_size()
-    widths = [[site.shape[1] for site in block.sites] for block in blocks]
-    return {
+    shapes = [[site.shape for site in block.sites] for block in blocks]
+    tokens = config.num_calibration_samples * seqlen if data else 0
+    dense, needs = recipe.target == "dense", recipe.needs
+    memory = {
         "weights": sum(p.numel() * p.element_size() for p in model.parameters()),
-        "hidden states": config.num_calibration_samples * seqlen * hidden_size * item if data else 0,
+        "hidden states": tokens * hidden_size * item * (2 if dense else 1),
         "largest block on the device": max(
             sum(p.numel() * p.element_size() for p in block.module.parameters()) for block in blocks
         ),
         "statistics of one block, at most": max(
-            sum(4 * w * (2 if needs <= {"moments"} else w) for w in block) if needs else 0 for block in widths
+            sum(4 * i * (2 if needs <= {"moments"} else i) + 4 * o * i * dense for o, i in block) if needs else 0
+            for block in shapes
         ),
         "largest site in float32, three copies": max(12 * site.shape[0] * site.shape[1] for site in all_sites(blocks)),
     }
+    if dense:
+        memory["dense values of one block, at most"] = max(
+            tokens * item * (hidden_size + sum(min(shape) for shape in block)) for block in shapes
+        )
+    if recipe.sequential == "site":
+        memory["micro-batches that wait on the device"] = max(
+            tokens * item * (hidden_size + max((i for _, i in block), default=0)) for block in shapes
+        )
+    return memory
 
 
 def plan_as_dict(plan: Plan, config: PruneConfig) -> dict[str, Any]:

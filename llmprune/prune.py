@@ -71,7 +71,7 @@ def prune(
 
     Raises:
         InputError: anything about the input that does not fit; nothing has been pruned then, unless the
-            activations turn out not to be finite halfway.
+            activations turn out not to be finite halfway, or a block not to allow the order of its sites.
     """
     config = config or PruneConfig()
     device: torch.device | None = resolve_device(config.device)

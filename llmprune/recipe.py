@@ -72,18 +72,12 @@ class Recipe:
     def prune(self, site: Site) -> Pruned:
         """Aim, choose, refine, compensate."""
         centred = self.criterion.compensates(site)
-        notes = []
-        if self.target == "dense":
-            assert site.statistics is not None
-            if site.statistics.cross is not None:
-                site.target = dense_target(site, centred, self.mix)
-            else:
-                notes.append("own target: other tokens are routed here than in the dense model")
+        notes = self._aim(site, centred)
         pruned = self.criterion.prune(site, self.pattern)
         if self.refine == "none" and not self.solves:
             return replace(pruned, note="; ".join([*notes, *[pruned.note] * bool(pruned.note)]))
         assert site.statistics is not None and site.statistics.gram is not None
-        H = site.statistics.gram.damped(centred=centred)
+        H = site.statistics.gram.damped(site.statistics.gram.ridge, centred)
         goal, keep = site.goal, pruned.keep
         if self.refine == "swap":
             keep = swap(H, goal, keep, self.pattern)
@@ -94,3 +88,13 @@ class Recipe:
             notes += [f"least squares stopped at a residual of {residual:.1g}"] * (residual > TOLERANCE)
         shift = site.bias_shift(weight) if centred else None
         return Pruned(weight, keep, shift, "; ".join(notes), residual)
+
+    def _aim(self, site: Site, centred: bool) -> list[str]:
+        """Give the site its target; returns what there is to say about it."""
+        if self.target == "own":
+            return []
+        assert site.statistics is not None and site.statistics.gram is not None
+        if site.statistics.cross is None:
+            return ["own target: other tokens are routed here than in the dense model"]
+        site.target, damping = dense_target(site, centred, self.mix)
+        return [f"damping {damping:g}"] * (damping != site.statistics.gram.ridge)

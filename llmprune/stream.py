@@ -62,7 +62,7 @@ class Stream:
         """A second stream that begins where this one is."""
         twin = copy.copy(self)
         twin.hidden = [hidden.clone() for hidden in self.hidden]
-        twin._arguments = list(self._arguments)
+        twin._arguments = copy.deepcopy(self._arguments)  # some hold what blocks share, such as keys and values
         return twin
 
     def _recorder(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -8,10 +8,9 @@ from llmprune.gram import full_float32
 from llmprune.sites import Site, Target
 
 TARGETS = ("own", "dense")
-DAMPING = 0.01
 
 
-def dense_target(site: Site, centred: bool, mix: float) -> Target:
+def dense_target(site: Site, centred: bool, mix: float) -> tuple[Target, float]:
     """The linear map of the pruned model's inputs x that comes nearest to the dense model's outputs.
 
     With H = Cov(x, x), C = Cov(x_dense, x), R = W C and a damping D that pulls towards the dense weights,
@@ -24,6 +23,9 @@ def dense_target(site: Site, centred: bool, mix: float) -> Target:
         centred: True if the site's bias moves.
         mix: in [0, 1], how much of the dense model's output is in the target; the rest is the site's own.
 
+    Returns:
+        The map, and the damping used: the Gram matrix's `ridge` unless that was too little.
+
     Raises:
         InputError: the Gram matrix is degenerate.
     """
@@ -32,7 +34,7 @@ def dense_target(site: Site, centred: bool, mix: float) -> Target:
     assert gram is not None and cross is not None
     own = site.weight.float()
     bias = 0.0 if site.bias is None else site.bias.float()
-    U, damping = gram.inverse_factor(DAMPING, centred)
+    U, damping = gram.inverse_factor(gram.ridge, centred)
     H = gram.matrix_of(centred)
     with full_float32():
         wanted = cross.matrix(centred, bias) if cross.of_output else own @ cross.matrix(centred)
@@ -43,7 +45,7 @@ def dense_target(site: Site, centred: bool, mix: float) -> Target:
         mean = cross.z_mean - bias if cross.of_output else own @ cross.z_mean
         if mix < 1:
             mean = mix * mean + (1 - mix) * (own @ cross.x_mean)
-    return Target(weight, mean)
+    return Target(weight, mean), damping
 
 
 def wanted_output(site: Site) -> Tensor:

@@ -1,8 +1,8 @@
 """Wanda by brute force, the oracle of the walk.
 
-It shares no idea with the walk: for every block, and for every window on its own, the whole model runs.
-Nothing is captured, replayed, batched or cut short, sums are plain sums in float64, and what an expert
-sees is worked out from its router's decisions and its formula.
+It shares no idea with the walk: for every block, and for every window on its own, the whole model runs; in
+site order it does so for every single site. Nothing is captured, replayed, held or cut short, sums are plain
+sums in float64, and what an expert sees is worked out from its router's decisions and its formula.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 FEW_TOKENS = 32
+FUSED = ("gate_up_proj", "down_proj")
+"""The parameters that hold one matrix per expert, in the order of use."""
 Statistics = dict[str, tuple[int, Tensor, Tensor, Tensor]]
 """What Wanda was given, by site: count, mean, variance, energy."""
 NEAR_TIE = 1e-4
@@ -83,31 +85,63 @@ def slots_of(model: PreTrainedModel, family: Family) -> list[dict[str, Slot]]:
 
 
 def prune_by_hand(
-    model: PreTrainedModel, family: Family, windows: Tensor, chosen: Callable[[str], Tensor]
+    model: PreTrainedModel,
+    family: Family,
+    windows: Tensor,
+    chosen: Callable[[str], Tensor],
+    sequential: str = "block",
 ) -> dict[str, Slot]:
-    """Prune half of every row, block after block, in place.
+    """Prune half of every row, block after block, or also site after site, in place.
 
     Where a score lies next to the threshold the mask `chosen` [out, in] is followed: rounding decides such
     cases, and from then on two walks that decide differently would see different activations.
     """
     everything: dict[str, Slot] = {}
     for number, slots in enumerate(slots_of(model, family)):
-        for window in windows:
-            with _watching(model.get_submodule(f"{family.blocks}.{number}"), slots, family, number):
-                model(input_ids=window[None])
-        _share_among_few(slots)
-        for name, slot in slots.items():
-            scores = slot.weight.double().abs() * slot.tally.energy.sqrt()
-            width = scores.shape[1]
-            order = scores.sort(dim=1, stable=True)
-            keep = torch.ones_like(scores, dtype=torch.bool).scatter_(1, order.indices[:, : width // 2], False)
-            threshold = order.values[:, width // 2 - 1 : width // 2]
-            free = (scores - threshold).abs() <= NEAR_TIE * threshold
-            slot.near_ties = int((keep != chosen(name))[free].sum())
-            slot.keep = torch.where(free, chosen(name), keep)
-            slot.weight[~slot.keep] = 0.0
-        everything |= slots
+        block = model.get_submodule(f"{family.blocks}.{number}")
+        together = [list(slots)] if sequential == "block" else in_order_of_calls(model, block, slots, family, number)
+        for names in together:
+            step = {name: slots[name] for name in names}
+            for some in windows.split(1 if sequential == "block" else len(windows)):
+                with _watching(block, step, family, number):
+                    model(input_ids=some)
+            _share_among_few(step)
+            for name, slot in step.items():
+                _prune_half(slot, chosen(name))
+            everything |= step
     return everything
+
+
+def in_order_of_calls(
+    model: PreTrainedModel, block: nn.Module, slots: dict[str, Slot], family: Family, number: int
+) -> list[list[str]]:
+    """One matrix after the other as they are first called; the experts of a fused parameter are one step."""
+    order: list[str] = []
+    handles = []
+    for path, module in block.named_modules():
+        name = f"{family.blocks}.{number}.{path}"
+        parts = [name] if name in slots else [f"{name}.{key}" for key in FUSED if f"{name}.{key}.0" in slots]
+
+        def called(module: nn.Module, args: object, parts: list[str] = parts) -> None:
+            order.extend(part for part in parts if part not in order)
+
+        handles.append(module.register_forward_pre_hook(called))
+    model(input_ids=torch.zeros(1, 2, dtype=torch.long))
+    for handle in handles:
+        handle.remove()
+    return [[name for name in slots if part in (name, name.rpartition(".")[0])] for part in order]
+
+
+def _prune_half(slot: Slot, chosen: Tensor) -> None:
+    scores = slot.weight.double().abs() * slot.tally.energy.sqrt()
+    width = scores.shape[1]
+    order = scores.sort(dim=1, stable=True)
+    keep = torch.ones_like(scores, dtype=torch.bool).scatter_(1, order.indices[:, : width // 2], False)
+    threshold = order.values[:, width // 2 - 1 : width // 2]
+    free = (scores - threshold).abs() <= NEAR_TIE * threshold
+    slot.near_ties = int((keep != chosen)[free].sum())
+    slot.keep = torch.where(free, chosen, keep)
+    slot.weight[~slot.keep] = 0.0
 
 
 class _watching:  # noqa: N801 - used as a context manager only
@@ -135,7 +169,7 @@ def _hooks(
                 tally.add(args[0].double().flatten(0, -2))
 
             yield module.register_forward_pre_hook(linear)
-        elif f"{name}.gate_up_proj.0" in slots:
+        elif any(f"{name}.{key}.0" in slots for key in FUSED):
 
             def experts(module: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
                 _route(module, name, slots, family, *args)
@@ -147,15 +181,15 @@ def _route(
     module: Any, name: str, slots: dict[str, Slot], family: Family, x: Tensor, index: Tensor, weights: Tensor
 ) -> None:
     """What enters an expert: the tokens that chose it; what enters its second product follows by the formula."""
-    for expert in range(len(module.gate_up_proj)):
-        first, second = slots[f"{name}.gate_up_proj.{expert}"], slots[f"{name}.down_proj.{expert}"]
+    for expert, stored in enumerate(module.gate_up_proj.data.double()):
         rows = x[(index == expert).any(-1)].double()
-        product = rows @ first.weight.double().T
+        product = rows @ (stored if family.experts_transposed else stored.T)
         if hasattr(module, "gate_up_proj_bias"):
             product = product + module.gate_up_proj_bias[expert].double()
-        first.tally.add(rows)
         assert family.gate is not None
-        second.tally.add(family.gate(product))
+        for key, entering in zip(FUSED, (rows, family.gate(product)), strict=True):
+            if (slot := slots.get(f"{name}.{key}.{expert}")) is not None:
+                slot.tally.add(entering)
 
 
 def _share_among_few(slots: dict[str, Slot]) -> None:
@@ -184,11 +218,12 @@ def check_against_brute_force(
     family: Family,
     windows: Tensor,
     statistics: Statistics,
+    sequential: str = "block",
 ) -> dict[str, Slot]:
     """Prunes `dense` by hand and compares statistics, masks, weights and logits; returns the oracle's findings."""
     theirs = all_slots(pruned, family)
     with torch.no_grad():
-        slots = prune_by_hand(dense, family, windows, lambda name: theirs[name].weight != 0)
+        slots = prune_by_hand(dense, family, windows, lambda name: theirs[name].weight != 0, sequential)
     assert list(slots) and set(slots) == set(statistics)
     for name, slot in slots.items():
         count, mean, variance, energy = (torch.as_tensor(value).double() for value in statistics[name])

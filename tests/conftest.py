@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,9 +16,13 @@ import torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may wait for a network; read when transformers is imported
 
 from broken import tree, word_tokenizer
+from brute_force import Statistics
 from corpus import write_every_format
 from tiny import SHARED, make_llama
 from transformers import PreTrainedModel
+
+from llmprune.criteria.wanda import Wanda
+from llmprune.sites import Site
 
 torch.set_num_threads(1)  # the suite runs on every core already
 
@@ -26,6 +30,15 @@ torch.set_num_threads(1)  # the suite runs on every core already
 @pytest.fixture(autouse=True)
 def _deterministic() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Threads cost such small models more than they save."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -45,6 +58,22 @@ def llama() -> PreTrainedModel:
 def windows() -> torch.Tensor:
     """Token windows [11, 24] for the tiny models: an odd count, so that the last micro-batch is ragged."""
     return torch.randint(0, 97, (11, 24), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def statistics(monkeypatch: pytest.MonkeyPatch) -> Statistics:
+    """What Wanda is given, by site: count, mean, variance, energy."""
+    seen: Statistics = {}
+    score = Wanda.score
+
+    def spy(self: Wanda, site: Site) -> torch.Tensor:
+        assert site.statistics is not None and site.statistics.moments is not None
+        moments = site.statistics.moments
+        seen[site.name] = (moments.count, moments.mean, moments.variance, moments.energy)
+        return score(self, site)
+
+    monkeypatch.setattr(Wanda, "score", spy)
+    return seen
 
 
 @pytest.fixture

@@ -190,3 +190,16 @@ FAMILIES: dict[str, Family] = {
 """By name; each has three blocks and 97 tokens."""
 
 MIXTURES = [name for name, family in FAMILIES.items() if family.gate is not None]
+
+
+def tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    return dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers()])
+
+
+def restored_state(model: PreTrainedModel) -> list[object]:
+    """What a run may touch and must put back."""
+    state: list[object] = [model.get_experts_implementation()]
+    for module in model.modules():
+        hooks = [list(hooks) for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        state.append((module.training, module.__dict__.get("forward"), hooks))
+    return state

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from brute_force import Statistics, all_slots, check_against_brute_force, keep_by_size
-from families import FAMILIES, MIXTURES
+from families import FAMILIES, MIXTURES, restored_state, tensors
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from llmprune import InputError, PruneConfig, prune
 from llmprune.criteria.wanda import Wanda
@@ -24,49 +23,12 @@ RELOADED = ("llama", "gpt2", "gemma3", "mixtral", "gpt_oss", "deepseek_v3")
 SLIDING = ("mistral", "qwen2", "gemma2", "gemma3", "starcoder2", "mixtral", "gpt_oss")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Threads cost such small models more than they save."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 every_family = pytest.mark.parametrize("name", FAMILIES)
 
 
 def site_reports(report: Report) -> dict[str, SiteReport]:
     return {site.name: site for block in report.blocks for site in block.sites}
-
-
-def tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    return dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers()])
-
-
-def restored_state(model: PreTrainedModel) -> list[object]:
-    """What a run may touch and must put back."""
-    state: list[object] = [model.get_experts_implementation()]
-    for module in model.modules():
-        hooks = [list(hooks) for hooks in (module._forward_hooks, module._forward_pre_hooks)]
-        state.append((module.training, module.__dict__.get("forward"), hooks))
-    return state
-
-
-@pytest.fixture
-def statistics(monkeypatch: pytest.MonkeyPatch) -> Statistics:
-    """What Wanda is given, by site: count, mean, variance, energy."""
-    seen: Statistics = {}
-    score = Wanda.score
-
-    def spy(self: Wanda, site: Site) -> Tensor:
-        assert site.statistics is not None and site.statistics.moments is not None
-        moments = site.statistics.moments
-        seen[site.name] = (moments.count, moments.mean, moments.variance, moments.energy)
-        return score(self, site)
-
-    monkeypatch.setattr(Wanda, "score", spy)
-    return seen
 
 
 @every_family

@@ -46,7 +46,12 @@ def launch(*arguments: object) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("method", "compensation", "tolerance"),
     # Least squares is solved to a residual, in sums that two processes take in another order.
-    [("stade", "bias", 1e-5), ("sparsegpt", "none", 1e-5), ("wanda", "least-squares", 1e-3)],
+    [
+        ("stade", "bias", 1e-5),
+        ("sparsegpt", "none", 1e-5),
+        ("wanda", "least-squares", 1e-3),
+        ("regress", "least-squares", 2e-3),
+    ],
 )
 def test_two_processes_give_the_weights_of_one(
     method: str, compensation: str, tolerance: float, saved_llama: Path, windows: torch.Tensor, tmp_path: Path

@@ -44,6 +44,11 @@ def site_for(recipe: Recipe, width: int, bias: bool, seed: int = 0) -> tuple[Sit
     return site, f64(W), f64(x)
 
 
+def ridge(X: Matrix) -> float:
+    """A hundredth, and as many tokens as there are features."""
+    return 0.01 + X.shape[1] / X.shape[0]
+
+
 def objective(H: Matrix, change: Matrix) -> float:
     return float(np.einsum("ri,ij,rj->", change, H, change))
 
@@ -55,7 +60,7 @@ def test_least_squares_on_wandas_mask(text: str, sparsity: str, width: int, bias
     site, W, X = site_for(recipe, width, bias)
     pruned = recipe.prune(site)
     keep = literal_keep(wanda_scores(W, X), text, sparsity, "row")
-    H = damped(X - X.mean(0) if bias else X)
+    H = damped(X - X.mean(0) if bias else X, ridge(X))
     expected = row_by_row(H, W, keep)
     assert np.array_equal(pruned.keep.numpy(), keep)
     assert objective(H, f64(pruned.weight) - W) == pytest.approx(objective(H, expected - W), rel=1e-4)
@@ -71,7 +76,7 @@ def test_least_squares_on_wandas_mask(text: str, sparsity: str, width: int, bias
         assert pruned.note == "no bias to move"
 
 
-@pytest.mark.parametrize("method", [name for name in methods() if name != "sparsegpt"])
+@pytest.mark.parametrize("method", [name for name in methods() if name not in ("sparsegpt", "regress")])
 @pytest.mark.parametrize("pattern", [Unstructured(0.5), NM(2, 4)])
 @pytest.mark.parametrize("bias", [False, True])
 def test_each_part_lowers_the_error(method: str, pattern: object, bias: bool) -> None:
@@ -93,7 +98,7 @@ def test_swaps_alone_keep_the_dense_weights() -> None:
     pruned, plain = recipe.prune(site), made("wanda", NM(2, 4)).prune(site)
     assert torch.equal(pruned.weight, site.weight * pruned.keep)
     assert (pruned.keep.view(20, -1, 4).sum(-1) == 2).all()
-    H = damped(X)
+    H = damped(X, ridge(X))
     assert objective(H, f64(pruned.weight) - W) < 0.9 * objective(H, f64(plain.weight) - W)
     assert pruned.bias_shift is None
 
@@ -124,6 +129,13 @@ def test_the_statistics_follow_from_the_parts() -> None:
         ("sparsegpt", "none", "bias", {"covariance"}),
     ):
         assert made(method, refine=refine, compensation=compensation).needs == needs
+    for options, needs in (
+        ({"method": "wanda", "target": "dense"}, {"gram", "cross"}),
+        ({"method": "sparsegpt", "target": "dense", "compensation": "bias"}, {"covariance", "cross"}),
+        ({"method": "regress"}, {"covariance", "cross"}),
+        ({"method": "regress", "target": "own"}, {"covariance"}),
+    ):
+        assert PruneConfig(**options).make_recipe().needs == needs
 
 
 def test_parts_that_do_not_fit_are_refused() -> None:
@@ -135,6 +147,14 @@ def test_parts_that_do_not_fit_are_refused() -> None:
     ):
         with pytest.raises(InputError, match=message):
             PruneConfig(method=method, refine=refine, compensation=compensation)
+    for options, message in (
+        ({"sequential": "row"}, "sequential 'row' is unknown: choose from block, site"),
+        ({"target": "sparse"}, "target 'sparse' is unknown: choose from own, dense"),
+        ({"mix": 1.5}, "mix is 1.5: give a number from 0 to 1"),
+        ({"residual": float("nan")}, "residual is nan: give a number from 0 to 1"),
+    ):
+        with pytest.raises(InputError, match=message):
+            PruneConfig(**options)
     PruneConfig(method="sparsegpt", refine="swap", compensation="least-squares")
 
 
