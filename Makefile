@@ -18,7 +18,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,report]"
 	touch $(READY)
 
-demo: $(READY) ## prune the embedded model by five methods and show what each cost (under 90 s)
+demo: $(READY) ## prune the embedded model by six methods and show what each cost (under 90 s)
 	$(BIN)/llmprune demo
 
 test: $(READY) ## run the test suite
@@ -31,10 +31,10 @@ lint: $(READY) ## ruff: rules and format
 type: $(READY) ## mypy --strict
 	$(BIN)/mypy
 
-bench: $(READY) ## time pruning against a plain dense forward pass (about 15 minutes)
+bench: $(READY) ## time pruning against a plain dense forward pass (about 30 minutes)
 	$(BIN)/python eval/bench_prune.py
 
-results: $(READY) ## prune and score the models of ../shared by every method (about 15 minutes)
+results: $(READY) ## prune and score the models of ../shared by every method (about an hour)
 	$(BIN)/python eval/make_results.py
 
 clean:    ## remove the environment and all caches

@@ -112,8 +112,11 @@ class PruneConfig:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """For the manifest."""
-        return asdict(self)
+        """For the manifest: with the method's own choices where the user made none."""
+        recipe = self.make_recipe()
+        axes = ("refine", "sequential", "target")
+        chosen = {"compensation": recipe.criterion.compensation, **{name: getattr(recipe, name) for name in axes}}
+        return {**asdict(self), **chosen}
 
 
 def _check_choice(name: str, given: str | None, known: tuple[str, ...]) -> None:

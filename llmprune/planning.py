@@ -105,7 +105,7 @@ def _memory(
         )
     if recipe.sequential == "site":
         memory["micro-batches that wait on the device"] = max(
-            tokens * item * (hidden_size + max((i for _, i in block), default=0)) for block in shapes
+            tokens * item * (2 * hidden_size + max((i for _, i in block), default=0)) for block in shapes
         )
     return memory
 

@@ -24,8 +24,9 @@ class SiteReport:
     Attributes:
         shape: (out, in).
         pruned: weights set to zero by the mask.
-        relative_error: ||new output - dense output|| / ||dense output|| (without bias) on a sample of the
-            calibration tokens; None without data.
+        relative_error: ||output - wanted|| / ||wanted|| (without bias) on a sample of the calibration tokens. Wanted is
+            what the site's dense weights make of its input, or with --target dense the dense model's output there
+            and the error that it is to cancel. None without data.
         tokens: calibration tokens behind its statistics (a pooled expert has the pool's); None without statistics.
         note: pooled experts, a raised damping, inputs that were never active, a bias that could not be moved, or "".
         residual: of the least squares that gave the weights, as a share of what it began with; None without.

@@ -110,6 +110,7 @@ def learn(block: nn.Module, sites: Sequence[Site], run: Callable[[], object] | N
             groups.append(Group([site], stage_of[site.family]))
     for group in groups:
         group.routed = group.leader.index is not None or siblings[group.leader.family] > 1
+        group.joins_stream &= not group.routed
     return Wiring(groups, repeats), seen
 
 

@@ -138,6 +138,16 @@ def test_the_statistics_follow_from_the_parts() -> None:
         assert PruneConfig(**options).make_recipe().needs == needs
 
 
+def test_the_manifest_says_what_was_chosen() -> None:
+    def axes(**options: object) -> list[str]:
+        config = PruneConfig(**options).as_dict()
+        return [config[name] for name in ("refine", "compensation", "sequential", "target")]
+
+    assert axes(method="regress") == ["swap", "least-squares", "site", "dense"]
+    assert axes(method="regress", sequential="block") == ["swap", "least-squares", "block", "dense"]
+    assert axes(method="stade", refine="swap") == ["swap", "bias", "block", "own"]
+
+
 def test_parts_that_do_not_fit_are_refused() -> None:
     for method, refine, compensation, message in (
         ("sparsegpt", "swap", None, "add --compensation least-squares"),
@@ -152,6 +162,7 @@ def test_parts_that_do_not_fit_are_refused() -> None:
         ({"target": "sparse"}, "target 'sparse' is unknown: choose from own, dense"),
         ({"mix": 1.5}, "mix is 1.5: give a number from 0 to 1"),
         ({"residual": float("nan")}, "residual is nan: give a number from 0 to 1"),
+        ({"residual": 0.5}, "residual weakens a dense target, and the target is own: add --target dense"),
     ):
         with pytest.raises(InputError, match=message):
             PruneConfig(**options)

@@ -1,4 +1,4 @@
-"""The main job on the embedded model: prune by five methods, show what each cost, prove one reload."""
+"""The main job on the embedded model: prune by six methods, show what each cost, prove one reload."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from llmprune.prune import PruneResult, prune
 from llmprune.tables import number, table
 
 HERE = Path(__file__).parent
-METHODS = ("random", "magnitude", "wanda", "stade", "sparsegpt")
+METHODS = ("random", "magnitude", "wanda", "stade", "sparsegpt", "regress")
 PATTERNS = ("unstructured", "2:4")
 PROMPT = "One day, Lily went to the park with her mom. She saw a"
 NEW_TOKENS = 40
