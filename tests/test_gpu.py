@@ -16,10 +16,12 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("method", ["wanda", "stade", "sparsegpt", "ria"])
+@pytest.mark.parametrize(
+    ("method", "flips"), [("wanda", 0.01), ("stade", 0.01), ("sparsegpt", 0.01), ("ria", 0.01), ("regress", 0.05)]
+)
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
 def test_blocks_visit_the_device_and_come_home(
-    method: str, pattern: str, llama: PreTrainedModel, windows: torch.Tensor
+    method: str, flips: float, pattern: str, llama: PreTrainedModel, windows: torch.Tensor
 ) -> None:
     here, there = llama, copy.deepcopy(llama)
     prune(here, PruneConfig(method=method, pattern=pattern, device="cpu"), tokens=windows)
@@ -28,7 +30,7 @@ def test_blocks_visit_the_device_and_come_home(
     for (name, mine), theirs in zip(here.named_parameters(), there.parameters(), strict=True):
         assert theirs.device.type == "cpu", name
         # Other kernels round otherwise: a score on the threshold may fall on the other side.
-        assert ((mine == 0) != (theirs == 0)).float().mean() < 0.01, name
+        assert ((mine == 0) != (theirs == 0)).float().mean() < flips, name
 
 
 def test_a_model_on_the_device_stays_there(llama: PreTrainedModel, windows: torch.Tensor) -> None:
