@@ -7,7 +7,6 @@ import logging
 import os
 import sys
 import traceback
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -16,6 +15,34 @@ from transformers.utils import logging as transformers_logging
 
 from llmprune.errors import InputError
 from llmprune.launch import all_ranks
+from llmprune.options import (
+    Batch,
+    Calibration,
+    Compensation,
+    Debug,
+    Device,
+    DryRun,
+    Dtype,
+    Holdout,
+    Ignore,
+    Json,
+    Length,
+    Method,
+    Mix,
+    Model,
+    Output,
+    Overwrite,
+    PatternName,
+    Refine,
+    Remote,
+    Residual,
+    Samples,
+    Seed,
+    Sequential,
+    Sparsity,
+    Target,
+    Targets,
+)
 
 # Typer brings its own copy of click since 0.24 and uses the installed one before: this is either's UsageError.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -30,61 +57,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-Model = Annotated[str, typer.Argument(help="A model folder or Hub name.")]
-Output = Annotated[Path | None, typer.Option("-o", "--output", "--save_model", help="Folder for the pruned model.")]
-Method = Annotated[str, typer.Option("--method", "--prune_method", help="See `llmprune methods`.")]
-Sparsity = Annotated[
-    float | None, typer.Option("--sparsity", "--sparsity_ratio", help="Share of the weights to prune [0.5].")
-]
-PatternName = Annotated[
-    str,
-    typer.Option("--pattern", "--sparsity_type", help="unstructured, row, matrix, or n:m (n of m KEPT), such as 2:4."),
-]
-Refine = Annotated[
-    str | None,
-    typer.Option("--refine", help="none, or swap: exchange kept and pruned weights of a row [the method's own]."),
-]
-Compensation = Annotated[
-    str | None,
-    typer.Option("--compensation", help="none, bias, or least-squares: what survives is moved [the method's own]."),
-]
-Sequential = Annotated[
-    str | None,
-    typer.Option("--sequential", help="block, or site: measure each behind the pruned ones [the method's own]."),
-]
-Target = Annotated[
-    str | None,
-    typer.Option("--target", help="own, or dense: approximate the dense model's output [the method's own]."),
-]
-Mix = Annotated[float, typer.Option("--mix", help="With --target dense: how much of it, from 0 to 1.")]
-Residual = Annotated[
-    float, typer.Option("--residual", help="With --target dense: share of the residual stream's error to cancel.")
-]
-Calibration = Annotated[
-    str | None,
-    typer.Option(
-        "--dataset",
-        help="Calibration text: FILE (.txt .jsonl .parquet), windows (.npy), c4, wikitext2, owner/name, c4:FILE, "
-        "wikitext2:FILE, or self (the model writes it).",
-    ),
-]
-Samples = Annotated[int, typer.Option("--num-calibration-samples", "--nsamples", help="Token windows.")]
-Holdout = Annotated[int, typer.Option("--num-holdout-samples", help="Windows kept aside to measure the loss on.")]
-Seed = Annotated[int, typer.Option("--seed", help="For the choice of windows and random pruning.")]
-Ignore = Annotated[
-    list[str] | None, typer.Option("--ignore", help="Leave alone: part of a name, class, re:EXPRESSION.")
-]
-Targets = Annotated[list[str] | None, typer.Option("--targets", help="Prune only these.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and touch nothing.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-Length = Annotated[int | None, typer.Option("--max-seq-length", help="Tokens per window [min(2048, positions)].")]
-Batch = Annotated[int, typer.Option("--batch-size", help="Windows per forward pass, at most.")]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
-Dtype = Annotated[str, typer.Option("--dtype", help="auto (the checkpoint's own), float32, float16, bfloat16.")]
-Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
 
 
 def main() -> None:

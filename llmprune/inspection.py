@@ -9,7 +9,7 @@ from llmprune_kernels import obeys
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llmprune.sites import all_sites, survey
+from llmprune.blocks import all_sites, survey
 
 FORMATS = ((1, 4), (2, 4), (4, 8), (2, 8), (8, 16))
 

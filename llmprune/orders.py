@@ -20,9 +20,10 @@ from torch import Tensor
 from llmprune.collect import Collector
 from llmprune.dense_side import DenseSide
 from llmprune.errors import InputError
+from llmprune.learning import Watched
 from llmprune.sites import Site
 from llmprune.stream import Stream
-from llmprune.wiring import Group, SliceWatch, Watched, Wiring, listening
+from llmprune.wiring import Group, SliceWatch, Wiring, listening
 
 
 @dataclass

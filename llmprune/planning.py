@@ -7,11 +7,11 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from llmprune.blocks import Block, Skipped, all_sites, survey
 from llmprune.calibration import window_length
 from llmprune.config import PruneConfig
 from llmprune.errors import InputError
 from llmprune.recipe import Recipe
-from llmprune.sites import Block, Skipped, all_sites, survey
 
 
 @dataclass(frozen=True)

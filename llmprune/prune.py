@@ -16,6 +16,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from llmprune.biases import add_biases_
+from llmprune.blocks import all_sites
 from llmprune.calibration import Calibration, check_vocabulary, load_windows, window_length
 from llmprune.checkpoint import save_checkpoint
 from llmprune.collectives import from_rank_zero, gathered, gathered_objects, world
@@ -27,7 +28,7 @@ from llmprune.planning import Plan, make_plan
 from llmprune.ready_windows import Windows, as_windows
 from llmprune.recipe import Recipe
 from llmprune.report import BlockReport, Report, SiteReport, peak_memory
-from llmprune.sites import Site, all_sites
+from llmprune.sites import Site
 from llmprune.targets import wanted_output
 from llmprune.walk import Visit, loss, walk
 

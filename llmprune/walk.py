@@ -18,14 +18,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from llmprune.blocks import Block
 from llmprune.collect import Collector
 from llmprune.collectives import gathered_objects, world
 from llmprune.dense_side import DenseSide
 from llmprune.errors import InputError
+from llmprune.learning import learn
 from llmprune.orders import IN_ORDER, Job, check_order
-from llmprune.sites import Block, Site
+from llmprune.sites import Site
 from llmprune.stream import Stream, visiting
-from llmprune.wiring import learn
 
 log = logging.getLogger(__name__)
 

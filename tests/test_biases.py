@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llmprune import PruneConfig, prune
 from llmprune.biases import add_biases_, bias_flags
+from llmprune.blocks import all_sites, survey
 from llmprune.criteria import methods
-from llmprune.sites import Site, all_sites, survey
+from llmprune.sites import Site
 
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 MLP = {"gate_proj", "up_proj", "down_proj"}

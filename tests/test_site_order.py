@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmprune import InputError, PruneConfig, prune
+from llmprune.blocks import survey
 from llmprune.criteria.wanda import Wanda
-from llmprune.sites import Site, survey
+from llmprune.sites import Site
 from llmprune.walk import walk
 
 WANDA = PruneConfig(method="wanda", sequential="site", device="cpu", batch_size=4)

@@ -28,9 +28,9 @@ from torch.testing import assert_close
 from llmprune.collect import Collector
 from llmprune.criteria import criterion
 from llmprune.errors import InputError
+from llmprune.learning import learn
 from llmprune.patterns import NM, Unstructured
 from llmprune.sites import Site
-from llmprune.wiring import learn
 
 FED_BY_A_NORM = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "fc1", "qkv_proj", "query_key_value", "c_attn",
                  "gate_up_proj", "c_fc", "dense_h_to_4h")  # fmt: skip

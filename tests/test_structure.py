@@ -16,13 +16,13 @@ PACKAGES = {"llmprune": ROOT / "llmprune", "llmprune_eval": ROOT / "eval", "llmp
 LAYERS = (
     {"errors", "collectives", "reload_proof"},
     {"moments", "gram", "cross", "patterns", "ready_windows"},
-    {"inputs", "sites", "biases", "stream", "loading", "unprunable", "least_squares", "swaps"},
-    {"wiring", "collect", "dense_side", "targets", "criteria", "report"},
+    {"inputs", "sites", "blocks", "biases", "stream", "loading", "unprunable", "least_squares", "swaps"},
+    {"wiring", "learning", "collect", "dense_side", "targets", "criteria", "report"},
     {"orders", "walk", "recipe", "config"},
     {"calibration", "planning", "checkpoint", "inspection", "tables"},
     {"prune", "launch"},
     {"commands", "demo"},
-    {"cli"},
+    {"cli", "options"},
 )
 
 
