@@ -22,7 +22,7 @@ class DenseSide:
         self._dense, self._pruned, self._residual = dense, pruned, residual
         self._values: list[dict[Group, Tensor]] = []
         self._buffers: dict[tuple[int, int], Tensor] = {}  # by micro-batch and group; fresh ones would cost page faults
-        self._error: list[Tensor | None] = []  # dense minus pruned residual stream, by micro-batch
+        self._error: list[Tensor] = []  # dense minus pruned residual stream, by micro-batch
 
     def run(self, index: int, wiring: Wiring) -> None:
         """Take the dense stream through block `index`, and keep what its groups received or returned."""
@@ -42,12 +42,14 @@ class DenseSide:
                 keep(group, x)
 
         self._values.clear()
-        self._error.clear()
+        if joins and not self._error:
+            self._error = [torch.empty_like(hidden) for hidden in self._dense.hidden]
         with listening(groups, arrived, keep):
             for batch, hidden in enumerate(self._dense.hidden):
                 self._values.append({})
                 output = self._dense.run(index, batch)
-                self._error.append(hidden - self._pruned.hidden[batch] if joins else None)
+                if joins:
+                    torch.sub(hidden, self._pruned.hidden[batch], out=self._error[batch])
                 hidden.copy_(output)
         self._dense.forget(index)
 
@@ -58,10 +60,9 @@ class DenseSide:
             return None
         if not group.joins_stream:
             return self._values[batch].pop(group)
-        error = self._error[batch]
-        if error is None or not self._residual:
+        if not self._residual:
             return value
-        return value + self._residual * error.reshape(value.shape)  # some blocks flatten what enters a site
+        return value + self._residual * self._error[batch].reshape(value.shape)  # some blocks flatten their tokens
 
     def settle(self, batch: int, group: Group, output: Tensor | None) -> None:
         """The group has returned `output`, or None: it will hit what it was given.
@@ -70,6 +71,6 @@ class DenseSide:
         """
         value, error = self._values[batch].pop(group), self._error[batch]
         if output is None:
-            self._error[batch] = None
-        elif error is not None:
-            self._error[batch] = error + (value - output.to("cpu")).reshape(error.shape)
+            error.zero_()
+        else:
+            error += value.sub_(output.to("cpu")).reshape(error.shape)
