@@ -94,6 +94,7 @@ def survey(model: PreTrainedModel, targets: Sequence[str] = (), ignore: Sequence
             full = f"{name}.{path}" if path else name
             for key, parameter in owner.named_parameters(recurse=False):
                 _place(block, full, owner, key, parameter, routers, targets, ignore, used)
+        _check_apart(block.sites)
         blocks.append(block)
     unused = [pattern for pattern in (*targets, *ignore) if pattern not in used]
     if unused:
@@ -105,6 +106,15 @@ def survey(model: PreTrainedModel, targets: Sequence[str] = (), ignore: Sequence
     if not any(block.sites for block in blocks):
         raise InputError("nothing is left to prune after --targets and --ignore: target more, or ignore less")
     return blocks
+
+
+def _check_apart(sites: Sequence[Site]) -> None:
+    """Raise InputError if two sites of a block are the same weights: they would be pruned for two inputs in turn."""
+    first: dict[tuple[int, int | None], Site] = {}
+    for site in sites:
+        other = first.setdefault((id(site.stored), site.index), site)
+        if other is not site:
+            raise InputError(f"{site.name} shares its weights with {other.name}: leave both out with --ignore")
 
 
 def _place(

@@ -126,6 +126,8 @@ def check_finite(model: PreTrainedModel) -> None:
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise InputError(f"{name} is not in memory (offloaded): load the model on the CPU, without a device map")
+        if parameter.is_inference():
+            raise InputError(f"{name} was made under torch.inference_mode(), where weights are fixed: load it outside")
         if parameter.is_floating_point() and not torch.isfinite(parameter).all():
             raise InputError(
                 f"{name} holds NaN or infinity: the checkpoint is damaged (download it again), or overflows in "

@@ -36,6 +36,18 @@ def number(value: float | None, digits: int = 4) -> str:
     return "-" if value is None else f"{value:.{digits}g}"
 
 
+def _axes(config: dict[str, Any]) -> str:
+    """What a run does beside choosing a mask, in words; "" if nothing."""
+    words = {
+        "refine": f"refined by {config['refine']}",
+        "compensation": f"compensated by {config['compensation']}",
+        "sequential": "site after site",
+        "target": "towards the dense model's output",
+    }
+    plain = {"refine": "none", "compensation": "none", "sequential": "block", "target": "own"}
+    return "".join(f", {text}" for axis, text in words.items() if config[axis] != plain[axis])
+
+
 def report_text(report: Report, output: Path) -> str:
     """The table at the end of a run and the sums below it."""
     rows = [
@@ -44,11 +56,12 @@ def report_text(report: Report, output: Path) -> str:
         for b in report.blocks
     ]  # fmt: skip
     method = f"{report.config['method']}, {report.pattern}; weights compete within a {report.group}"
-    if report.config["refine"] != "none":
-        method += f", refined by {report.config['refine']}"
-    if report.config["compensation"] is not None:
-        method += f", compensated by {report.config['compensation']}"
-    lines = [table(method, ("block", "sites", "sparsity", "site error", "block error", "seconds"), rows), ""]
+    lines = [
+        table(
+            method + _axes(report.config), ("block", "sites", "sparsity", "site error", "block error", "seconds"), rows
+        ),
+        "",
+    ]
     seconds = ", ".join(f"{phase} {value:.1f}" for phase, value in report.seconds.items())
     lines += [
         f"pruned      {report.pruned:,} weights: {report.sparsity:.2%} of the sites, {report.decoder_share:.2%} of the "
@@ -81,7 +94,12 @@ def plan_text(plan: Plan, config: PruneConfig) -> str:
             key = (site.family, site.shape)
             kinds[key] = kinds.get(key, 0) + 1
     rows = [(name, count, f"{shape[0]} x {shape[1]}") for (name, shape), count in kinds.items()]
-    lines = [table(f"{config.method}, {pattern}: would prune", ("sites", "count", "out x in"), rows), ""]
+    lines = [
+        table(
+            f"{config.method}, {pattern}{_axes(config.as_dict())}: would prune", ("sites", "count", "out x in"), rows
+        ),
+        "",
+    ]
     skipped: dict[tuple[str, str], int] = {}
     for one in plan.skipped:
         skipped[(one.name.split(".")[-1], one.reason)] = skipped.get((one.name.split(".")[-1], one.reason), 0) + 1

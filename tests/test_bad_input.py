@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Callable
@@ -266,6 +267,18 @@ def test_bad_tensors_for_the_api(llama: PreTrainedModel) -> None:
     with pytest.raises(InputError, match="no calibration data"):
         prune(llama)
     assert all((p != 0).any() for p in llama.parameters())
+
+
+def test_weights_that_cannot_be_pruned_for_the_api(llama: PreTrainedModel, windows: torch.Tensor) -> None:
+    attention = llama.model.layers[1].self_attn
+    kept, attention.k_proj.weight = attention.k_proj.weight, attention.v_proj.weight
+    with pytest.raises(InputError, match=r"v_proj shares its weights with .*k_proj: leave both out"):
+        prune(llama, PruneConfig(device="cpu"), tokens=windows)
+    attention.k_proj.weight = kept
+    with torch.inference_mode():
+        frozen = copy.deepcopy(llama)
+    with pytest.raises(InputError, match=r"was made under torch\.inference_mode"):
+        prune(frozen, PruneConfig(device="cpu"), tokens=windows)
 
 
 def test_debug_shows_where_it_happened(dense: Path, cli: Cli) -> None:

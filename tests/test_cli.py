@@ -159,6 +159,9 @@ def test_refined_and_compensated_and_proved(dense: Path, data: Path, tmp_path: P
     assert strict_json(ok("inspect", "out", "--json"))["patterns"] == ["2:4"]
     table = ok(*common[:-1], "-o", "again", "--refine", "swap", "--compensation", "least-squares")
     assert "refined by swap, compensated by least-squares" in " ".join(table.split())
+    plan = " ".join(ok(*common[:-1], "--dry-run", "--method", "regress").split())
+    assert "site after site, towards the dense model's output: would prune" in plan
+    assert "micro-batches that wait on the device" in plan
 
 
 @pytest.mark.usefixtures("unproved")
