@@ -174,7 +174,7 @@ def write(rows: list[dict[str, Any]]) -> None:
         "# Perplexity after pruning\n",
         "Made by `python eval/make_results.py`. Every row's two commands, the hash of its calibration tokens and the "
         "versions stand in `quality.csv`.\nSame tokens for all rows of a table; lower is better; best of a column in "
-        "bold. A dash: the width is not divisible, so the pattern\ndoes not exist.\n",
+        "bold. A dash: not run, or the width is not divisible.\n",
     ]
     for task in TASKS:
         own = [row for row in rows if row["model"] == task.model]
