@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from llmprune_eval import evaluate
-from make_results import RESULTS, SHARED, TASKS, commands, evaluation_windows, located
+from make_results import RESULTS, SHARED, TASKS, asked, commands, evaluation_windows, located
 
 from llmprune import PruneConfig, prune
 from llmprune.loading import load_model, load_tokenizer
@@ -38,7 +38,7 @@ def rows_of(model: str) -> list[dict[str, Any]]:
             num_calibration_samples=windows,
             max_seq_length=task.length,
             num_holdout_samples=0,
-            **({"pattern": pattern} if ":" in pattern else {"sparsity": float(pattern)}),
+            **asked(pattern),
         )
         perplexity = evaluate(prune(load_model(folder), config, tokenizer=tokenizer).model, scored).perplexity
         command, _ = commands(task, {"method": method}, pattern)

@@ -101,6 +101,11 @@ def _named(spec: str) -> str:
     return f"{name}{colon}../shared/{path}"
 
 
+def asked(pattern: str) -> dict[str, Any]:
+    """A pattern of PATTERNS as options of PruneConfig."""
+    return {"pattern": pattern} if ":" in pattern else {"sparsity": float(pattern)}
+
+
 def run(task: Task, wanted: Sequence[str], patterns: Sequence[str]) -> list[dict[str, Any]]:
     """All rows of one model."""
     folder = str(SHARED / "models" / task.model)
@@ -111,14 +116,13 @@ def run(task: Task, wanted: Sequence[str], patterns: Sequence[str]) -> list[dict
     _, eval_command = commands(task, {}, "0.5")
     rows = [{**common, "method": "dense", "perplexity": base.perplexity, "eval_command": eval_command}]
     for pattern, name in itertools.product(patterns, wanted):
-        asked = {"pattern": pattern} if ":" in pattern else {"sparsity": float(pattern)}
         config = PruneConfig(
             dataset=located(task.calibration),
             num_calibration_samples=task.windows,
             max_seq_length=task.length,
             num_holdout_samples=0,
             **ROWS[name],
-            **asked,
+            **asked(pattern),
         )
         try:
             result = prune(load_model(folder), config, tokenizer=tokenizer)

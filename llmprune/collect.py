@@ -73,7 +73,4 @@ class Collector:
                         site.statistics, site.pooled = pool, True
             for site in siblings:
                 if site.statistics is None or site.statistics.count == 0:
-                    raise InputError(
-                        f"{site.name} received no calibration token: use more calibration text, or leave it "
-                        f"unpruned with --ignore {site.name}"
-                    )
+                    raise site.without_tokens()

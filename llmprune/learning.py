@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from llmprune.collectives import gathered_objects
-from llmprune.errors import InputError
 from llmprune.sites import Site
 from llmprune.wiring import Group, SliceWatch, Wiring, first_of
 
@@ -64,10 +63,7 @@ def learn(block: nn.Module, sites: Sequence[Site], run: Callable[[], object] | N
         site.fed_by_norm = site.name in normed or (site.name not in reached and site.family in normed_families)
         if site.name not in reached:
             if site.family not in stage_of:
-                raise InputError(
-                    f"{site.name} received no calibration token: use more calibration text, or leave it unpruned "
-                    f"with --ignore {site.name}"
-                )
+                raise site.without_tokens()
             groups.append(Group([site], stage_of[site.family]))
     for group in groups:
         group.routed = group.leader.index is not None or siblings[group.leader.family] > 1

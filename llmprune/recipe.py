@@ -27,7 +27,7 @@ class Recipe:
         criterion: chooses the mask; its `compensation` is one of COMPENSATIONS.
         pattern: how many survive, and among which.
         refine: one of REFINEMENTS.
-        sequential: one of the ORDERS in which the sites of a block are measured and pruned.
+        sequential: in which of the orders, "block" or "site", the sites of a block are measured and pruned.
         target: one of TARGETS.
         mix: in [0, 1], how much of a dense target is the dense model's; the rest is the site's own output.
         residual: in [0, 1], how much of the residual stream's error a dense target carries.

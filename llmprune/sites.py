@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from llmprune.errors import InputError
 from llmprune.inputs import InputStatistics
 
 
@@ -78,6 +79,13 @@ class Site:
         if self.target is None:
             return (self.weight.float() - weight) @ self.statistics.mean
         return self.target.mean - weight @ self.statistics.mean
+
+    def without_tokens(self) -> InputError:
+        """The error of a site that calibration has not reached."""
+        return InputError(
+            f"{self.name} received no calibration token: use more calibration text, or leave it unpruned with "
+            f"--ignore {self.name}"
+        )
 
     def forget(self) -> None:
         """Let go of what was measured."""

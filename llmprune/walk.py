@@ -53,6 +53,10 @@ class Visit:
     seconds: dict[str, float] = field(default_factory=dict)
     relative_error: float | None = None
 
+    def spent(self, phase: str, start: float) -> None:
+        """Add to a phase the time since `start`, by time.perf_counter."""
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
 
 @torch.no_grad()
 def walk(
@@ -72,7 +76,7 @@ def walk(
     Args:
         windows: token ids [n, seqlen], all ranks' together (each takes its share); None without data.
         needs: statistics to gather, among "moments", "gram", "covariance" and "cross" (with the dense model's).
-        sequential: one of ORDERS.
+        sequential: "block" or "site", see `orders`.
         residual: with "cross", the share of the stream's gathered error that is added to the targets.
         batch_size: windows per micro-batch, at most.
         device: where the visited block computes; None leaves every block where it is.
@@ -137,8 +141,7 @@ def _next(visit: Visit, steps: Iterator[list[Site]]) -> bool:
     """Make the next sites ready; False once there are none and the stream has passed the block."""
     start = time.perf_counter()
     visit.sites = next(steps, [])
-    phase = "collect" if visit.sites else "propagate"
-    visit.seconds[phase] = visit.seconds.get(phase, 0.0) + time.perf_counter() - start
+    visit.spent("collect" if visit.sites else "propagate", start)
     return bool(visit.sites)
 
 
@@ -222,4 +225,4 @@ def eager_experts(model: PreTrainedModel, blocks: Sequence[Block]) -> Iterator[N
 def _timed(visit: Visit, phase: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
-    visit.seconds[phase] = visit.seconds.get(phase, 0.0) + time.perf_counter() - start
+    visit.spent(phase, start)

@@ -44,7 +44,7 @@ class Criterion(ABC):
         needs: statistics of the inputs, among "moments" and "gram"; empty means no calibration data.
         group: which weights compete under an unstructured pattern: "row" or "matrix".
         compensation: what repairs the output, unless the user asks for another: one of COMPENSATIONS.
-        refine, sequential, target: its own choice among REFINEMENTS, ORDERS and TARGETS, unless the user has another.
+        refine, sequential, target: its own choice on these axes, unless the user has another.
         moves_weights: True if `prune` moves surviving weights.
     """
 
