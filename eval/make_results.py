@@ -38,6 +38,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "stade + least squares": {"method": "stade", "compensation": "least-squares"},
     "sparsegpt + bias": {"method": "sparsegpt", "compensation": "bias"},
     "regress": {"method": "regress"},
+    "regress with mix 1": {"method": "regress", "mix": 1.0},
     "regress without swaps": {"method": "regress", "refine": "none"},
     "regress without dense target": {"method": "regress", "target": "own"},
     "regress without residual": {"method": "regress", "residual": 0.0},
@@ -217,7 +218,7 @@ def _picture(rows: list[dict[str, Any]]) -> None:
 
     models = [task.model for task in TASKS if any(row["model"] == task.model for row in rows)]
     # Random would press all others into one line; the ablation is for the table.
-    shown = [name for name in ROWS if name != "random" and "without" not in name]
+    shown = [name for name in ROWS if name != "random" and not name.startswith("regress with")]
     figure, axes = pyplot.subplots(1, len(models), figsize=(3.6 * len(models) + 1, 3.6), squeeze=False)
     for axis, model in zip(axes[0], models, strict=True):
         for i, method in enumerate(shown):

@@ -24,7 +24,7 @@ class PruneConfig:
         sparsity: share of every site's weights to prune, in (0, 1); None means 0.5, or what n:m implies.
         pattern: "unstructured" (the method's own grouping), "row", "matrix", or "n:m": n of m are KEPT.
         refine: "none", or "swap": exchange kept and pruned weights of a row while the output error falls. For this
-            and the next three, None means the method's own.
+            and the next five, None means the method's own.
         compensation: "none", "bias" (the mean of what is pruned goes there), or "least-squares" (that, and the best
             weights on the mask).
         sequential: "block" (all sites of a block measured while it is dense) or "site" (each measured with those
@@ -53,8 +53,8 @@ class PruneConfig:
     compensation: str | None = None
     sequential: str | None = None
     target: str | None = None
-    mix: float = 1.0
-    residual: float = 1.0
+    mix: float | None = None
+    residual: float | None = None
     dataset: str | None = None
     num_calibration_samples: int = 128
     max_seq_length: int | None = None
@@ -77,7 +77,13 @@ class PruneConfig:
         _check_choice("compensation", self.compensation, COMPENSATIONS)
         _check_choice("sequential", self.sequential, tuple(IN_ORDER))
         _check_choice("target", self.target, TARGETS)
-        self.make_recipe().check()
+        recipe = self.make_recipe()
+        recipe.check()
+        for name in ("mix", "residual"):
+            if getattr(self, name) is not None and recipe.target != "dense":
+                raise InputError(
+                    f"{name} is part of a dense target, and the target is {recipe.target}: add --target dense"
+                )
         for name in ("num_calibration_samples", "batch_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}: at least 1 is needed")
@@ -107,14 +113,14 @@ class PruneConfig:
             refine=self.refine or chosen.refine,
             sequential=self.sequential or chosen.sequential,
             target=self.target or chosen.target,
-            mix=self.mix,
-            residual=self.residual,
+            mix=chosen.mix if self.mix is None else self.mix,
+            residual=chosen.residual if self.residual is None else self.residual,
         )
 
     def as_dict(self) -> dict[str, Any]:
         """For the manifest: with the method's own choices where the user made none."""
         recipe = self.make_recipe()
-        axes = ("refine", "sequential", "target")
+        axes = ("refine", "sequential", "target") + ("mix", "residual") * (recipe.target == "dense")
         chosen = {"compensation": recipe.criterion.compensation, **{name: getattr(recipe, name) for name in axes}}
         return {**asdict(self), **chosen}
 

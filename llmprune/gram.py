@@ -145,6 +145,10 @@ class Gram:
         """[in, in], a new matrix: C or G with 1 on the diagonal of dead features, plus damping * mean(diagonal) * I."""
         return _damped(self.matrix_of(centred), damping)
 
+    def damped_diagonal(self, damping: float = 0.01, centred: bool = False) -> Tensor:
+        """[in], the diagonal of `damped`."""
+        return _damped_diagonal(self.matrix_of(centred), damping)
+
     @property
     def ridge(self) -> float:
         """The damping of a regression: 0.01, and `in` tokens more, on which the dense weights are right.
@@ -183,10 +187,14 @@ def _add_upper_product(upper: Tensor, x: Tensor) -> None:
 
 def _damped(gram: Tensor, damping: float) -> Tensor:
     H = gram.clone()
-    diagonal = H.diagonal()
-    diagonal[diagonal <= 0] = 1.0  # never active, or centred never different
-    diagonal += damping * diagonal.mean()
+    H.diagonal().copy_(_damped_diagonal(gram, damping))
     return H
+
+
+def _damped_diagonal(gram: Tensor, damping: float) -> Tensor:
+    diagonal = gram.diagonal().clone()
+    diagonal[diagonal <= 0] = 1.0  # never active, or centred never different
+    return diagonal + damping * diagonal.mean()
 
 
 def _inverse_factor(gram: Tensor, damping: float) -> tuple[Tensor, float]:

@@ -33,9 +33,13 @@ Target = Annotated[
     str | None,
     typer.Option("--target", help="own, or dense: approximate the dense model's output [the method's own]."),
 ]
-Mix = Annotated[float, typer.Option("--mix", help="With --target dense: how much of it, from 0 to 1.")]
+Mix = Annotated[
+    float | None,
+    typer.Option("--mix", help="With --target dense: how much of it, from 0 to 1; the rest is own [0.75]."),
+]
 Residual = Annotated[
-    float, typer.Option("--residual", help="With --target dense: share of the residual stream's error to cancel.")
+    float | None,
+    typer.Option("--residual", help="With --target dense: share of the residual stream's error to cancel [1.0]."),
 ]
 Calibration = Annotated[
     str | None,

@@ -38,16 +38,14 @@ class Recipe:
     refine: str = "none"
     sequential: str = "block"
     target: str = "own"
-    mix: float = 1.0
-    residual: float = 1.0
+    mix: float = Criterion.mix
+    residual: float = Criterion.residual
 
     def check(self) -> None:
         """Raise InputError for parts that do not fit together."""
         for name in ("mix", "residual"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} is {getattr(self, name)}: give a number from 0 to 1")
-            if getattr(self, name) != 1 and self.target != "dense":
-                raise InputError(f"{name} weakens a dense target, and the target is {self.target}: add --target dense")
         self.criterion.check(self.pattern)
         if self.refine != "none" and self.criterion.moves_weights and self.criterion.compensation != "least-squares":
             raise InputError(

@@ -8,7 +8,7 @@ from torch import Tensor
 from llmprune.gram import full_float32
 from llmprune.patterns import NM, Pattern
 
-ROUNDS = 8
+ROUNDS = 6
 CANDIDATES = (8, 64)
 """Exchanges proposed for a row in one round: one for every 64 inputs, but never fewer or more than these."""
 NARROW = 16

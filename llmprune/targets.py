@@ -40,7 +40,7 @@ def dense_target(site: Site, centred: bool, mix: float) -> tuple[Target, float]:
         wanted = cross.matrix(centred, bias) if cross.of_output else own @ cross.matrix(centred)
         if mix < 1:
             wanted = mix * wanted + (1 - mix) * (own @ H)
-        wanted = wanted + own * (gram.damped(damping, centred).diagonal() - H.diagonal())
+        wanted = wanted + own * (gram.damped_diagonal(damping, centred) - H.diagonal())
         weight = wanted @ U.T @ U
         mean = cross.z_mean - bias if cross.of_output else own @ cross.z_mean
         if mix < 1:

@@ -106,7 +106,7 @@ def regress_by_hand(
     windows: Tensor,
     chosen: Callable[[str], Tensor],
     *,
-    mix: float = 1.0,
+    mix: float = 0.75,
     residual: float = 1.0,
     sequential: str = "site",
 ) -> dict[str, Solved]:

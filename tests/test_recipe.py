@@ -160,9 +160,10 @@ def test_parts_that_do_not_fit_are_refused() -> None:
     for options, message in (
         ({"sequential": "row"}, "sequential 'row' is unknown: choose from block, site"),
         ({"target": "sparse"}, "target 'sparse' is unknown: choose from own, dense"),
-        ({"mix": 1.5}, "mix is 1.5: give a number from 0 to 1"),
-        ({"residual": float("nan")}, "residual is nan: give a number from 0 to 1"),
-        ({"residual": 0.5}, "residual weakens a dense target, and the target is own: add --target dense"),
+        ({"residual": float("nan"), "method": "regress"}, "residual is nan: give a number from 0 to 1"),
+        ({"residual": 0.5}, "residual is part of a dense target, and the target is own: add --target dense"),
+        ({"mix": 0.0, "target": "own"}, "mix is part of a dense target, and the target is own: add --target dense"),
+        ({"mix": 1.5, "target": "dense"}, "mix is 1.5: give a number from 0 to 1"),
     ):
         with pytest.raises(InputError, match=message):
             PruneConfig(**options)

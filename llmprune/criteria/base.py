@@ -44,7 +44,8 @@ class Criterion(ABC):
         needs: statistics of the inputs, among "moments" and "gram"; empty means no calibration data.
         group: which weights compete under an unstructured pattern: "row" or "matrix".
         compensation: what repairs the output, unless the user asks for another: one of COMPENSATIONS.
-        refine, sequential, target: its own choice on these axes, unless the user has another.
+        refine, sequential, target, mix, residual: its own choice on these axes, unless the user has another. A
+            quarter of the site's own output in a dense target keeps it from following the calibration text alone.
         moves_weights: True if `prune` moves surviving weights.
     """
 
@@ -57,6 +58,8 @@ class Criterion(ABC):
     refine: ClassVar[str] = "none"
     sequential: ClassVar[str] = "block"
     target: ClassVar[str] = "own"
+    mix: ClassVar[float] = 0.75
+    residual: ClassVar[float] = 1.0
     moves_weights: ClassVar[bool] = False
 
     def __init__(self, seed: int = 0, compensation: str | None = None) -> None:
