@@ -47,15 +47,33 @@ def add_biases_(model: PreTrainedModel, sites: Sequence[Site]) -> list[str]:
     Returns:
         The flags that were set, in order.
     """
+    chosen = _flags_for(model, sites)
+    for flag, layers in chosen.items():
+        setattr(model.config, flag, True)
+        _add_zeros(model, layers)
+    return list(chosen)
+
+
+def with_biases(model: PreTrainedModel, sites: Sequence[Site]) -> PreTrainedModel:
+    """What `add_biases_` will make of a model, on the meta device; the model itself if that is nothing."""
+    chosen = _flags_for(model, sites)
+    if not chosen:
+        return model
+    config = copy.deepcopy(model.config)
+    for flag in chosen:
+        setattr(config, flag, True)
+    with torch.device("meta"):
+        return type(model)(config)
+
+
+def _flags_for(model: PreTrainedModel, sites: Sequence[Site]) -> dict[str, frozenset[str]]:
+    """The flags that announce biases for the sites that lack one, with the layers that each gives a bias to."""
     lacking = {site.name for site in sites if site.bias is None}
-    chosen = []
-    if lacking:
-        for flag, layers in sorted(bias_flags(model).items(), key=lambda item: len(item[1])):
-            if layers & lacking:
-                setattr(model.config, flag, True)
-                _add_zeros(model, layers)
-                lacking -= layers
-                chosen.append(flag)
+    chosen: dict[str, frozenset[str]] = {}
+    for flag, layers in sorted(bias_flags(model).items(), key=lambda item: len(item[1])) if lacking else ():
+        if layers & lacking:
+            lacking -= layers
+            chosen[flag] = layers
     return chosen
 
 

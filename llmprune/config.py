@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from llmprune.criteria import COMPENSATIONS, criterion
 from llmprune.errors import InputError
 from llmprune.loading import check_dtype
 from llmprune.orders import IN_ORDER
-from llmprune.patterns import Pattern, parse_pattern
+from llmprune.patterns import RunPattern, Uniform, parse_pattern
 from llmprune.recipe import REFINEMENTS, Recipe
+from llmprune.structured.task import LearningOptions
 from llmprune.targets import TARGETS
 
 
@@ -21,8 +22,10 @@ class PruneConfig:
 
     Attributes:
         method: name of a criterion (`llmprune methods` lists them).
-        sparsity: share of every site's weights to prune, in (0, 1); None means 0.5, or what n:m implies.
-        pattern: "unstructured" (the method's own grouping), "row", "matrix", or "n:m": n of m are KEPT.
+        sparsity: share of every site's weights to prune, in (0, 1), or with "uniform" of the decoder's parameters;
+            None means 0.5 (uniform 0.2), or what n:m implies.
+        pattern: "unstructured" (the method's own grouping), "row", "matrix", "n:m": n of m are KEPT, or "uniform":
+            whole units, as many in every block, are cut out; None means the method's own.
         refine: "none", or "swap": exchange kept and pruned weights of a row while the output error falls. For this
             and the next five, None means the method's own.
         compensation: "none", "bias" (the mean of what is pruned goes there), or "least-squares" (that, and the best
@@ -38,6 +41,9 @@ class PruneConfig:
         max_seq_length: tokens per window; None means min(2048, the model's positions).
         batch_size: windows per forward pass; a CPU takes fewer where they exceed 1024 tokens together.
         seed: for the choice of windows and for random pruning.
+        learning: how maskprune learns its masks.
+        keep_heads: with "uniform", leave attention alone.
+        round_channels: with "uniform", the FFN's width becomes a multiple of it.
         ignore: patterns of what to leave alone (dotted part of a name, class name, "re:EXPRESSION").
         targets: patterns of what to prune; empty means every site.
         device: where the block at work computes: "auto", "cpu", "cuda", "cuda:1", ...
@@ -48,7 +54,7 @@ class PruneConfig:
 
     method: str = "wanda"
     sparsity: float | None = None
-    pattern: str = "unstructured"
+    pattern: str | None = None
     refine: str | None = None
     compensation: str | None = None
     sequential: str | None = None
@@ -60,6 +66,9 @@ class PruneConfig:
     max_seq_length: int | None = None
     batch_size: int = 8
     seed: int = 0
+    learning: LearningOptions = field(default_factory=LearningOptions)
+    keep_heads: bool = False
+    round_channels: int = 1
     ignore: tuple[str, ...] = ()
     targets: tuple[str, ...] = ()
     device: str = "auto"
@@ -84,7 +93,9 @@ class PruneConfig:
                 raise InputError(
                     f"{name} is part of a dense target, and the target is {recipe.target}: add --target dense"
                 )
-        for name in ("num_calibration_samples", "batch_size"):
+        if (self.keep_heads or self.round_channels != 1) and not isinstance(recipe.pattern, Uniform):
+            raise InputError(f"keep_heads and round_channels belong to pattern uniform, not to {recipe.pattern}")
+        for name in ("num_calibration_samples", "batch_size", "round_channels"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}: at least 1 is needed")
         if self.max_seq_length is not None and self.max_seq_length < 2:
@@ -100,17 +111,17 @@ class PruneConfig:
                 raise InputError(f"{name} is one string: give a list of patterns")
             object.__setattr__(self, name, tuple(getattr(self, name)))
 
-    def make_pattern(self) -> Pattern:
+    def make_pattern(self) -> RunPattern:
         """The pattern with its sparsity."""
-        return parse_pattern(self.pattern, self.sparsity)
+        return parse_pattern(self.pattern or criterion(self.method).pattern, self.sparsity)
 
     def make_recipe(self) -> Recipe:
         """A fresh criterion with this run's seed, the pattern, and what the user adds to them."""
-        chosen = criterion(self.method, self.seed, self.compensation)
+        chosen, pattern = criterion(self.method, self.seed, self.compensation), self.make_pattern()
         return Recipe(
             chosen,
-            self.make_pattern(),
-            refine=self.refine or chosen.refine,
+            pattern,
+            refine=self.refine or ("none" if isinstance(pattern, Uniform) else chosen.refine),
             sequential=self.sequential or chosen.sequential,
             target=self.target or chosen.target,
             mix=chosen.mix if self.mix is None else self.mix,
@@ -122,7 +133,7 @@ class PruneConfig:
         recipe = self.make_recipe()
         axes = ("refine", "sequential", "target") + ("mix", "residual") * (recipe.target == "dense")
         chosen = {"compensation": recipe.criterion.compensation, **{name: getattr(recipe, name) for name in axes}}
-        return {**asdict(self), **chosen}
+        return {**asdict(self), "pattern": self.pattern or recipe.criterion.pattern, **chosen}
 
 
 def _check_choice(name: str, given: str | None, known: tuple[str, ...]) -> None:

@@ -27,12 +27,26 @@ def least_squares(H: Tensor, goal: Tensor, keep: Tensor) -> tuple[Tensor, float]
         [out, in] float32, zero where not kept, and ||residual|| over all rows as a share of what it is where the
         survivors keep their weights.
     """
+    if bool((keep == keep[0]).all()):
+        return _on_columns(H, goal, keep[0])
     solved = torch.empty_like(goal)
     wrong = whole = 0.0
     for rows in _row_chunks(goal):
         solved[rows], squares = _conjugate_gradients(H, goal[rows], keep[rows])
         wrong, whole = wrong + squares[0], whole + squares[1]
     return solved, (wrong / whole) ** 0.5 if whole > 0 else 0.0
+
+
+def _on_columns(H: Tensor, goal: Tensor, keep: Tensor) -> tuple[Tensor, float]:
+    """The solution where every row has the support `keep` [in]: one factorisation serves all."""
+    columns = keep.nonzero().flatten()
+    inner = H.index_select(0, columns).index_select(1, columns)
+    wanted = goal @ H.index_select(1, columns)
+    solution = torch.cholesky_solve(wanted.T, torch.linalg.cholesky(inner)).T
+    before = (wanted - goal.index_select(1, columns) @ inner).norm()
+    residual = (wanted - solution @ inner).norm()
+    solved = torch.zeros_like(goal).index_copy_(1, columns, solution)
+    return solved, (residual / before).item() if before > 0 else 0.0
 
 
 def _row_chunks(goal: Tensor) -> list[slice]:

@@ -11,11 +11,24 @@ Model = Annotated[str, typer.Argument(help="A model folder or Hub name.")]
 Output = Annotated[Path | None, typer.Option("-o", "--output", "--save_model", help="Folder for the pruned model.")]
 Method = Annotated[str, typer.Option("--method", "--prune_method", help="See `llmprune methods`.")]
 Sparsity = Annotated[
-    float | None, typer.Option("--sparsity", "--sparsity_ratio", help="Share of the weights to prune [0.5].")
+    float | None,
+    typer.Option(
+        "--sparsity",
+        "--sparsity_ratio",
+        help="Share of the weights to prune [0.5]; uniform: of the decoder's parameters [0.2].",
+    ),
 ]
 PatternName = Annotated[
-    str,
-    typer.Option("--pattern", "--sparsity_type", help="unstructured, row, matrix, or n:m (n of m KEPT), such as 2:4."),
+    str | None,
+    typer.Option(
+        "--pattern",
+        "--sparsity_type",
+        help="unstructured, row, matrix, n:m (n of m KEPT), or uniform: a smaller model [the method's own].",
+    ),
+]
+KeepHeads = Annotated[bool, typer.Option("--keep-heads", help="With --pattern uniform: leave attention alone.")]
+RoundChannels = Annotated[
+    int, typer.Option("--round-channels", help="With --pattern uniform: the FFN's width becomes a multiple of it.")
 ]
 Refine = Annotated[
     str | None,

@@ -97,15 +97,60 @@ class NM:
         return f"{self.n}:{self.m}"
 
 
-Pattern = Unstructured | NM
+@dataclass(frozen=True)
+class Uniform:
+    """Whole units (key/value groups, FFN channels), as many in every block: the result is a smaller plain model.
+
+    Attributes:
+        sparsity: share of the decoder's parameters that goes, in (0, 1).
+    """
+
+    sparsity: float
+
+    def keep(self, scores: Tensor, group: str) -> Tensor:
+        """What stays of one projection is in its own `Columns`."""
+        raise AssertionError("a uniform pattern is planned for the whole model before a projection is pruned")
+
+    def check(self, site: str, width: int) -> None:
+        """Any width will do."""
+
+    def __str__(self) -> str:
+        return f"uniform {self.sparsity:g}"
 
 
-def parse_pattern(text: str, sparsity: float | None) -> Pattern:
+@dataclass(frozen=True)
+class Columns:
+    """Some of the units of an output projection: the same columns in all of its rows.
+
+    Attributes:
+        size: columns of a unit, side by side.
+        kept: units that survive.
+    """
+
+    size: int
+    kept: int
+
+    def keep(self, scores: Tensor, group: str) -> Tensor:
+        """bool [out, in]; a unit's score is the sum over its columns, all rows. `group` has no say here."""
+        units = scores.sum(0).view(1, -1, self.size).sum(2)
+        keep = keep_largest(units, units.shape[1] - self.kept)[0]
+        return keep.repeat_interleave(self.size).expand_as(scores)
+
+    def check(self, site: str, width: int) -> None:
+        """It was made for its site."""
+
+
+RunPattern = Unstructured | NM | Uniform
+"""What a user asks for."""
+Pattern = RunPattern | Columns
+
+
+def parse_pattern(text: str, sparsity: float | None) -> RunPattern:
     """Read a pattern as users write it.
 
     Args:
-        text: "unstructured", "row", "matrix", or "n:m" (n KEPT).
-        sparsity: share to prune; None means 0.5, or for n:m whatever follows from it.
+        text: "unstructured", "row", "matrix", "uniform", or "n:m" (n KEPT).
+        sparsity: share to prune; None means 0.5, for "uniform" 0.2, and for n:m whatever follows from it.
 
     Raises:
         InputError: the pattern is not one, or the sparsity is outside (0, 1) or contradicts it.
@@ -116,9 +161,11 @@ def parse_pattern(text: str, sparsity: float | None) -> Pattern:
         return Unstructured(0.5 if sparsity is None else sparsity)
     if text in GROUPS:
         return Unstructured(0.5 if sparsity is None else sparsity, text)
+    if text == "uniform":
+        return Uniform(0.2 if sparsity is None else sparsity)
     match = re.fullmatch(r"(\d+):(\d+)", text)
     if not match:
-        raise InputError(f"pattern '{text}' is none: use unstructured, row, matrix, or n:m such as 2:4")
+        raise InputError(f"pattern '{text}' is none: use unstructured, row, matrix, uniform, or n:m such as 2:4")
     n, m = int(match[1]), int(match[2])
     if not 0 < n < m:
         raise InputError(f"pattern {n}:{m} keeps {n} of every {m} weights: n must be from 1 to m - 1, as in 2:4")

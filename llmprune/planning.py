@@ -11,7 +11,9 @@ from llmprune.blocks import Block, Skipped, all_sites, survey
 from llmprune.calibration import window_length
 from llmprune.config import PruneConfig
 from llmprune.errors import InputError
+from llmprune.patterns import Uniform
 from llmprune.recipe import Recipe
+from llmprune.structured.structure import Structure, make_structure
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,7 @@ class Plan:
     """The blocks with their sites, and the run's needs.
 
     Attributes:
+        sparsity: asked for, of the sites or of the decoder.
         blocks: every decoder block, with the sites to prune and what is skipped.
         decoder_parameters: all parameters of the blocks.
         model_parameters: all parameters of the model, tied ones once.
@@ -26,8 +29,10 @@ class Plan:
         seqlen: tokens per calibration window.
         passes: forward passes through the decoder that calibration costs, at most.
         memory: bytes, by what they are for.
+        structure: with a uniform pattern, the units and how many stay.
     """
 
+    sparsity: float
     blocks: list[Block]
     decoder_parameters: int
     model_parameters: int
@@ -35,6 +40,14 @@ class Plan:
     seqlen: int
     passes: float
     memory: dict[str, int]
+    structure: Structure | None = None
+
+    @property
+    def removed(self) -> float:
+        """Share of the decoder's parameters that will be pruned."""
+        if self.structure is not None:
+            return self.structure.removed * len(self.blocks) / self.decoder_parameters
+        return self.share * self.sparsity
 
     @property
     def share(self) -> float:
@@ -55,6 +68,16 @@ def make_plan(model: PreTrainedModel, config: PruneConfig) -> Plan:
     """
     blocks = survey(model, config.targets, config.ignore)
     recipe = config.make_recipe()
+    structure = None
+    if isinstance(recipe.pattern, Uniform):
+        structure = make_structure(
+            model,
+            blocks,
+            recipe.pattern.sparsity,
+            moves_bias=recipe.criterion.moves_bias,
+            keep_heads=config.keep_heads,
+            round_channels=config.round_channels,
+        )
     sites = list(all_sites(blocks))
     for site in sites:
         recipe.pattern.check(site.name, site.shape[1])
@@ -63,6 +86,7 @@ def make_plan(model: PreTrainedModel, config: PruneConfig) -> Plan:
     seqlen = window_length(model, config.max_seq_length)
     data = bool(recipe.needs) or config.dataset is not None
     return Plan(
+        sparsity=recipe.pattern.sparsity,
         blocks=blocks,
         decoder_parameters=sum(block.parameters for block in blocks),
         model_parameters=sum(p.numel() for p in model.parameters()),
@@ -70,6 +94,7 @@ def make_plan(model: PreTrainedModel, config: PruneConfig) -> Plan:
         seqlen=seqlen,
         passes=_passes(recipe, len(blocks)) if data else 0.0,
         memory=_memory(model, blocks, config, seqlen, recipe, data),
+        structure=structure,
     )
 
 
@@ -112,14 +137,14 @@ def _memory(
 
 def plan_as_dict(plan: Plan, config: PruneConfig) -> dict[str, Any]:
     """For --dry-run --json."""
-    pattern = config.make_pattern()
     return {
         "config": config.as_dict(),
         "decoder_parameters": plan.decoder_parameters,
         "model_parameters": plan.model_parameters,
         "site_parameters": plan.site_parameters,
         "share_of_decoder_at_sites": plan.share,
-        "share_of_decoder_pruned": plan.share * pattern.sparsity,
+        "share_of_decoder_pruned": plan.removed,
+        "widths": None if plan.structure is None else plan.structure.describe(),
         "passes": plan.passes,
         "memory_bytes": plan.memory,
         "seqlen": plan.seqlen,

@@ -29,8 +29,10 @@ from llmprune.ready_windows import Windows, as_windows
 from llmprune.recipe import Recipe
 from llmprune.report import BlockReport, Report, SiteReport, peak_memory
 from llmprune.sites import Site
+from llmprune.structured.structure import Structure
+from llmprune.structured.task import Task
 from llmprune.targets import wanted_output
-from llmprune.walk import Visit, loss, walk
+from llmprune.walk import Visit, loss, walk, windows_per_pass
 
 log = logging.getLogger(__name__)
 
@@ -60,14 +62,17 @@ def prune(
     tokenizer: Any | None = None,
     tokens: Windows | None = None,
     holdout: Windows | None = None,
+    state: Path | None = None,
+    resume: bool = False,
 ) -> PruneResult:
-    """Prune a causal language model in place.
+    """Prune a causal language model in place; with a uniform pattern, the result holds a smaller model of its own.
 
     Args:
         model: a model object, or a folder or Hub name to load.
         config: what to do; the default is Wanda at 50 %.
         tokenizer: needed to read text with a model object; loaded along with a folder.
         tokens: calibration windows [n, seqlen] (tensor, array or lists of ids), instead of the config's dataset.
+        state: file in which a method that learns keeps what it has learned; with `resume` it goes on from there.
         holdout: windows [k, seqlen] to measure the loss before and after on, beside `tokens`.
 
     Raises:
@@ -85,8 +90,18 @@ def prune(
         device = None  # the blocks compute where they are
     plan = make_plan(model, config)
     calibration = _calibration(model, config, tokenizer, tokens, holdout)
-    report = _prune_planned(model, config, plan, calibration, device, name)
+    report = _prune_planned(model, config, plan, calibration, device, name, state, resume)
+    if plan.structure is not None:
+        model = _cut_out(model, plan, plan.structure, report)
     return PruneResult(model, report, tokenizer)
+
+
+def _cut_out(model: PreTrainedModel, plan: Plan, structure: Structure, report: Report) -> PreTrainedModel:
+    """The model without what has been cleared."""
+    smaller = structure.cut(model, plan.blocks)
+    report.widths = structure.describe()
+    report.removed = report.model_parameters - sum(p.numel() for p in smaller.parameters())
+    return smaller
 
 
 def _prune_planned(
@@ -96,6 +111,8 @@ def _prune_planned(
     calibration: Calibration | None,
     device: torch.device | None,
     name: str,
+    state: Path | None,
+    resume: bool,
 ) -> Report:
     """The loop: visit every block, prune its sites, go on."""
     start = time.perf_counter()
@@ -110,6 +127,12 @@ def _prune_planned(
     if criterion.moves_bias:
         report.bias_flags = add_biases_(model, list(all_sites(plan.blocks)))
     windows = calibration.windows if calibration is not None else None
+    if plan.structure is not None and windows is not None:
+        batch_size = windows_per_pass(model, windows, config.batch_size, device)
+        task = Task(model, plan.blocks, plan.structure, windows, batch_size, device, config.seed, config.learning,
+                    state, resume)  # fmt: skip
+        criterion.prepare(task)
+        report.curves = [dict(row) for row in task.curves]
     with tqdm(total=len(plan.blocks), desc=criterion.name, disable=world()[0] > 0 or None, leave=False) as bar:
         outcome: list[SiteReport] = []
 

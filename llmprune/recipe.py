@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from llmprune.criteria import Criterion, Pruned
 from llmprune.errors import InputError
 from llmprune.least_squares import TOLERANCE, least_squares
-from llmprune.patterns import Pattern
+from llmprune.patterns import RunPattern, Uniform
 from llmprune.sites import Site
 from llmprune.swaps import swap
 from llmprune.targets import dense_target
@@ -34,7 +34,7 @@ class Recipe:
     """
 
     criterion: Criterion
-    pattern: Pattern
+    pattern: RunPattern
     refine: str = "none"
     sequential: str = "block"
     target: str = "own"
@@ -47,6 +47,8 @@ class Recipe:
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} is {getattr(self, name)}: give a number from 0 to 1")
         self.criterion.check(self.pattern)
+        if self.refine != "none" and isinstance(self.pattern, Uniform):
+            raise InputError("swaps exchange single weights, and pattern uniform prunes whole units: use --refine none")
         if self.refine != "none" and self.criterion.moves_weights and self.criterion.compensation != "least-squares":
             raise InputError(
                 f"the weights that {self.criterion.name} moves fit its own mask, not a refined one: add "
@@ -73,14 +75,15 @@ class Recipe:
         """Aim, choose, refine, compensate."""
         centred = self.criterion.compensates(site)
         notes = self._aim(site, centred)
-        pruned = self.criterion.prune(site, self.pattern)
+        pattern = site.pattern or self.pattern
+        pruned = self.criterion.prune(site, pattern)
         if self.refine == "none" and not self.solves:
             return replace(pruned, note="; ".join([*notes, *[pruned.note] * bool(pruned.note)]))
         assert site.statistics is not None and site.statistics.gram is not None
         H = site.statistics.gram.damped(site.statistics.gram.ridge, centred)
         goal, keep = site.goal, pruned.keep
         if self.refine == "swap":
-            keep = swap(H, goal, keep, self.pattern)
+            keep = swap(H, goal, keep, pattern)
         notes += ["no bias to move"] * (self.criterion.wants_bias(site) and not centred)
         weight, residual = goal.masked_fill(~keep, 0.0), None
         if self.solves:

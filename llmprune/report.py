@@ -72,6 +72,9 @@ class Report:
     """A whole run.
 
     Attributes:
+        widths: with a uniform pattern, the units of every block before and after, and what they hold.
+        removed: parameters that are no longer there; None where pruned weights are stored as zeros.
+        curves: of learning: loss, share kept, overlap of the pruned set with that of the row before, widths.
         loss_before, loss_after: nats per token on the held-out windows, None if none were to be had.
     """
 
@@ -85,6 +88,9 @@ class Report:
     blocks: list[BlockReport] = field(default_factory=list)
     skipped: list[dict[str, Any]] = field(default_factory=list)
     bias_flags: list[str] = field(default_factory=list)
+    widths: dict[str, Any] | None = None
+    removed: int | None = None
+    curves: list[dict[str, Any]] = field(default_factory=list)
     loss_before: float | None = None
     loss_after: float | None = None
     seconds: dict[str, float] = field(default_factory=dict)
@@ -94,12 +100,16 @@ class Report:
 
     @property
     def pruned(self) -> int:
-        """Weights set to zero."""
+        """Weights set to zero, or parameters cut out."""
+        if self.removed is not None:
+            return self.removed
         return sum(site.pruned for block in self.blocks for site in block.sites)
 
     @property
     def sparsity(self) -> float:
-        """Pruned share of the weights at sites."""
+        """Pruned share of the weights at sites; of the decoder's parameters where they are cut out."""
+        if self.removed is not None:
+            return self.decoder_share
         return self.pruned / max(sum(site.size for block in self.blocks for site in block.sites), 1)
 
     @property

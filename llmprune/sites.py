@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from llmprune.errors import InputError
 from llmprune.inputs import InputStatistics
+from llmprune.patterns import Pattern
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Site:
         statistics: what was seen of the inputs; None before collecting, or without calibration data.
         fed_by_norm: True if the input is the output of a norm of the same block; None if not observed.
         target: what the site is to return instead of its own weights' output; None means that.
+        pattern: what may be pruned here, where that is not the whole run's pattern.
         pooled: True if too few tokens came and the statistics are those of all its sibling experts.
     """
 
@@ -51,6 +53,7 @@ class Site:
     statistics: InputStatistics | None = None
     fed_by_norm: bool | None = None
     target: Target | None = None
+    pattern: Pattern | None = None
     pooled: bool = False
 
     @property

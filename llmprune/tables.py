@@ -63,10 +63,7 @@ def report_text(report: Report, output: Path) -> str:
         "",
     ]
     seconds = ", ".join(f"{phase} {value:.1f}" for phase, value in report.seconds.items())
-    lines += [
-        f"pruned      {report.pruned:,} weights: {report.sparsity:.2%} of the sites, {report.decoder_share:.2%} of the "
-        f"decoder, {report.model_share:.2%} of the model",
-    ]
+    lines += _pruned(report)
     if report.perplexity_before is not None:
         held = (report.calibration or {}).get("holdout")
         lines.append(
@@ -79,10 +76,24 @@ def report_text(report: Report, output: Path) -> str:
         lines.append(f"biases      added, announced in the config by {', '.join(report.bias_flags)}")
     lines += [
         f"seconds     {seconds}; peak memory {report.peak_memory / 1e9:.2f} GB; {report.processes} process(es)",
-        "size, speed the file keeps its size and dense runtimes their speed: pruned weights are stored as zeros",
+        f"size, speed {_gain(report)}",
         f"saved       {output} (reloaded in a fresh process: identical weights)",
     ]
     return "\n".join([*lines, *(f"WARNING     {warning}" for warning in report.warnings)])
+
+
+def _pruned(report: Report) -> list[str]:
+    share = f"{report.decoder_share:.2%} of the decoder, {report.model_share:.2%} of the model"
+    if report.widths is None:
+        return [f"pruned      {report.pruned:,} weights: {report.sparsity:.2%} of the sites, {share}"]
+    return [f"cut out     {report.pruned:,} parameters: {share}", *_widths(report.widths)]
+
+
+def _gain(report: Report) -> str:
+    if report.widths is None:
+        return "the file keeps its size and dense runtimes their speed: pruned weights are stored as zeros"
+    before, after = report.model_parameters, report.model_parameters - report.pruned
+    return f"a smaller plain model: {before:,} parameters before, {after:,} after ({after / before:.1%})"
 
 
 def plan_text(plan: Plan, config: PruneConfig) -> str:
@@ -106,14 +117,29 @@ def plan_text(plan: Plan, config: PruneConfig) -> str:
     lines += [f"skips       {count} x {name}: {reason}" for (name, reason), count in skipped.items()]
     lines += [
         "skips       everything outside the blocks: embeddings, lm_head, final norm",
-        f"prunes      {plan.share * pattern.sparsity:.2%} of the decoder's {plan.decoder_parameters:,} parameters "
-        f"({plan.share:.2%} of them lie at sites)",
+        *_removal(plan),
         f"passes      {plan.passes:.2f} forward passes of the decoder over {config.num_calibration_samples} windows "
         f"of {plan.seqlen} tokens",
     ]
     lines += [f"memory      {size / 1e9:9.3f} GB {what}" for what, size in plan.memory.items()]
-    lines += ["size, speed unchanged: zeros are stored densely", "dry run     nothing was touched"]
+    gain = "both change with the parameters" if plan.structure else "unchanged: zeros are stored densely"
+    lines += [f"size, speed {gain}", "dry run     nothing was touched"]
     return "\n".join(lines)
+
+
+def _removal(plan: Plan) -> list[str]:
+    """How much of the decoder goes, and with units, which."""
+    decoder = f"of the decoder's {plan.decoder_parameters:,} parameters"
+    if plan.structure is None:
+        return [f"prunes      {plan.removed:.2%} {decoder} ({plan.share:.2%} of them lie at sites)"]
+    return [f"cuts out    {plan.removed:.2%} {decoder}", *_widths(plan.structure.describe())]
+
+
+def _widths(widths: dict[str, Any]) -> list[str]:
+    """What every block keeps of its units."""
+    kept = [f"{k['after']} of {k['before']} {k['units']} ({k['projection']})" for k in widths["kinds"]]
+    lines = [f"widths      every block keeps {', '.join(kept)}"]
+    return [*lines, *(f"left alone  {site}: {reason}" for site, reason in widths["fixed"].items())]
 
 
 def evaluation_text(facts: dict[str, Any]) -> str:

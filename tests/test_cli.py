@@ -15,7 +15,7 @@ import torch
 from broken import tree
 from corpus import LENGTH, SITES, WINDOWS, log_probabilities, strict_json
 from safetensors.torch import load_file
-from tiny import make_llama
+from tiny import WEIGHT_METHODS, make_llama
 from torch import Tensor
 
 from llmprune import checkpoint
@@ -165,7 +165,7 @@ def test_refined_and_compensated_and_proved(dense: Path, data: Path, tmp_path: P
 
 
 @pytest.mark.usefixtures("unproved")
-@pytest.mark.parametrize("method", methods())
+@pytest.mark.parametrize("method", WEIGHT_METHODS)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_the_dtype_is_kept(dtype: str, method: str, data: Path, tmp_path: Path, ok: Ok) -> None:
     model: Any = make_llama()

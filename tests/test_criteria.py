@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from literal import CASES, LAYOUTS, count, f64, inputs, literal_keep, make_pattern, make_site, ria, wanda, weights
+from tiny import WEIGHT_METHODS
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -129,7 +130,7 @@ def test_random_leaves_the_global_generator_alone_and_is_uniform() -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", methods())
+@pytest.mark.parametrize("name", WEIGHT_METHODS)
 def test_pruning_decides_on_the_dense_weights_and_does_not_write(name: str, layout: str) -> None:
     W, x, bias = weights(20, 68), inputs(200, 68), torch.randn(20)
     plain = criterion(name).prune(make_site(W, x, bias=bias), NM(2, 4))
@@ -145,7 +146,7 @@ def test_pruning_decides_on_the_dense_weights_and_does_not_write(name: str, layo
 
 
 @pytest.mark.parametrize(("text", "sparsity", "width"), CASES)
-@pytest.mark.parametrize("name", sorted(set(methods()) - {"sparsegpt"}))
+@pytest.mark.parametrize("name", sorted(set(WEIGHT_METHODS) - {"sparsegpt"}))
 def test_counts_are_exact_also_where_nothing_tells_the_weights_apart(
     name: str, text: str, sparsity: str, width: int
 ) -> None:

@@ -17,7 +17,7 @@ LAYERS = (
     {"errors", "collectives", "reload_proof"},
     {"moments", "gram", "cross", "patterns", "ready_windows"},
     {"inputs", "sites", "blocks", "biases", "stream", "loading", "unprunable", "least_squares", "swaps"},
-    {"wiring", "learning", "collect", "dense_side", "targets", "criteria", "report"},
+    {"wiring", "learning", "collect", "dense_side", "targets", "criteria", "report", "structured"},
     {"orders", "walk", "recipe", "config"},
     {"calibration", "planning", "checkpoint", "inspection", "tables"},
     {"prune", "launch"},

@@ -6,9 +6,10 @@ import pytest
 import torch
 from literal import LAYOUTS, inputs, make_site, weights
 from llmprune_kernels import obeys
+from tiny import WEIGHT_METHODS
 from torch import Tensor
 
-from llmprune.criteria import criterion, methods
+from llmprune.criteria import criterion
 from llmprune.patterns import NM, Unstructured
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -24,7 +25,7 @@ def zeros(weight: Tensor) -> int:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", methods())
+@pytest.mark.parametrize("name", WEIGHT_METHODS)
 def test_every_method_leaves_exact_counts(name: str, dtype: torch.dtype, layout: str) -> None:
     W, x = weights(12, 68).to(dtype), inputs(272, 68)
     for pattern in (Unstructured(0.5), NM(2, 4)):

@@ -6,8 +6,12 @@ from pathlib import Path
 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from llmprune.criteria import methods
+
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
+WEIGHT_METHODS = [name for name, method in methods().items() if method.pattern != "uniform"]
+"""Those that score single weights; the others score whole units alone."""
 
 
 def make_llama(**changes: object) -> PreTrainedModel:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
-from llmprune.patterns import Pattern, Unstructured
+from llmprune.patterns import NM, Pattern, Unstructured
 from llmprune.sites import Site
+
+if TYPE_CHECKING:
+    from llmprune.structured.task import Task
 
 COMPENSATIONS = ("none", "bias", "least-squares")
 """Nothing; the mean of what is pruned moved into the bias; that, and the best weights on the support."""
@@ -42,6 +45,7 @@ class Criterion(ABC):
         summary: one line for the list of methods.
         source: paper or origin.
         needs: statistics of the inputs, among "moments" and "gram"; empty means no calibration data.
+        pattern: which zeros it makes unless the user asks for others.
         group: which weights compete under an unstructured pattern: "row" or "matrix".
         compensation: what repairs the output, unless the user asks for another: one of COMPENSATIONS.
         refine, sequential, target, mix, residual: its own choice on these axes, unless the user has another. A
@@ -53,6 +57,7 @@ class Criterion(ABC):
     summary: ClassVar[str]
     source: ClassVar[str]
     needs: ClassVar[frozenset[str]] = frozenset({"moments"})
+    pattern: ClassVar[str] = "unstructured"
     group: ClassVar[str] = "row"
     compensation: str = "none"
     refine: ClassVar[str] = "none"
@@ -70,6 +75,9 @@ class Criterion(ABC):
 
     def check(self, pattern: Pattern) -> None:  # noqa: B027 - a hook that most methods leave alone
         """Raise InputError for a pattern this method cannot do."""
+
+    def prepare(self, task: Task) -> None:  # noqa: B027 - a hook that most methods leave alone
+        """Look at the whole model before the walk; only under a uniform pattern."""
 
     @abstractmethod
     def score(self, site: Site) -> Tensor:
@@ -103,4 +111,4 @@ class Criterion(ABC):
         """Which weights compete, in words."""
         if isinstance(pattern, Unstructured):
             return pattern.group or self.group
-        return f"group of {pattern.m} inputs"
+        return f"group of {pattern.m} inputs" if isinstance(pattern, NM) else "projection, unit against unit"

@@ -8,7 +8,7 @@ from torch import Tensor
 from llmprune.criteria.base import Criterion, Pruned
 from llmprune.errors import InputError
 from llmprune.gram import full_float32
-from llmprune.patterns import NM, Pattern, Unstructured
+from llmprune.patterns import NM, Pattern, Uniform, Unstructured
 from llmprune.sites import Site
 
 BLOCK = 128
@@ -31,6 +31,8 @@ class SparseGPT(Criterion):
 
     def check(self, pattern: Pattern) -> None:
         """Its unstructured pattern is its own: blocks of columns."""
+        if isinstance(pattern, Uniform):
+            raise InputError("sparsegpt prunes single weights: for whole units by the same measure use --method obs")
         if isinstance(pattern, Unstructured) and pattern.group is not None:
             raise InputError(
                 f"sparsegpt balances its sparsity over blocks of {BLOCK} columns, not per {pattern.group}: "
@@ -78,7 +80,7 @@ class SparseGPT(Criterion):
 
 def _column_blocks(width: int, pattern: Pattern) -> list[tuple[int, int]]:
     """Column ranges of about BLOCK columns; groups of m never straddle two of them."""
-    size = BLOCK if isinstance(pattern, Unstructured) else max(BLOCK // pattern.m, 1) * pattern.m
+    size = max(BLOCK // pattern.m, 1) * pattern.m if isinstance(pattern, NM) else BLOCK
     return [(start, min(start + size, width)) for start in range(0, width, size)]
 
 

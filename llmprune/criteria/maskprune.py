@@ -1,0 +1,70 @@
+"""MaskPrune (our reconstruction): which units go is learned by a minimax game on gates, against the dense model."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from llmprune.criteria.base import Criterion, Pruned
+from llmprune.errors import InputError
+from llmprune.patterns import Columns, Pattern, Uniform
+from llmprune.sites import Site
+from llmprune.structured.distillation import Distillation
+from llmprune.structured.gates import Gates, checkpointed, frozen
+from llmprune.structured.learning import learn_gates
+from llmprune.structured.task import Task
+
+
+class MaskPrune(Criterion):
+    """Gates on all units are learned together, at the same width in every block; the survivors' are folded in.
+
+    A unit's score is the size of its gate. After arXiv 2502.14008, whose equations were not read.
+    """
+
+    name = "maskprune"
+    summary = "learned masks on units, one width for all layers (our reconstruction)"
+    source = "after arXiv 2502.14008"
+    pattern = "uniform"
+    moves_weights = True
+
+    def __init__(self, seed: int = 0, compensation: str | None = None) -> None:
+        """As for every method."""
+        super().__init__(seed, compensation)
+        self._gates: Gates | None = None
+
+    def check(self, pattern: Pattern) -> None:
+        """Whole units only."""
+        if not isinstance(pattern, Uniform):
+            raise InputError(f"maskprune learns which units go, and pattern {pattern} is about weights: use "
+                             "--pattern uniform, or another method")  # fmt: skip
+
+    def prepare(self, task: Task) -> None:
+        """Learn the gates, and with the schedule "paper" the widths."""
+        with frozen(task.model, task.device) as device:
+            gates = Gates(task.blocks, device)
+            options = task.options
+            loss = Distillation(task.model, gates, options.kl, options.ce, options.hidden)
+            if options.checkpointing:
+                with checkpointed(task.blocks):
+                    game = learn_gates(task, gates, loss)
+            else:
+                game = learn_gates(task, gates, loss)
+        if game.keeps != gates.keeps:
+            task.structure.widen_(task.structure.fit({k: 1 - share for k, share in game.removed.items()}), task.blocks)
+        self._gates = gates
+
+    def score(self, site: Site) -> Tensor:
+        """[out, in], the same for all weights of a unit."""
+        return self._columns(site).abs().expand(site.shape)
+
+    def prune(self, site: Site, pattern: Pattern) -> Pruned:
+        """As every method, on weights with the gates folded in."""
+        keep = pattern.keep(self.score(site), self.group)
+        weight = (site.goal * self._columns(site)).masked_fill(~keep, 0.0)
+        if not self.compensates(site):
+            return Pruned(weight, keep, note="no bias to move" if self.wants_bias(site) else "")
+        return Pruned(weight, keep, site.bias_shift(weight))
+
+    def _columns(self, site: Site) -> Tensor:
+        """[in], the gate of every column."""
+        assert self._gates is not None and isinstance(site.pattern, Columns)
+        return self._gates.of_site(site.name).to(site.weight.device).repeat_interleave(site.pattern.size)

@@ -1,0 +1,82 @@
+"""Cut the pruned units out: a smaller plain model of the same class, proven to compute what the masked one does."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from llmprune.blocks import find_blocks
+from llmprune.errors import InputError
+from llmprune.structured.layout import Layout
+from llmprune.structured.widths import changed_config, config_changes
+
+log = logging.getLogger(__name__)
+
+PROOF_TOKENS = 32
+
+
+@torch.no_grad()
+def shrunk(model: PreTrainedModel, layout: Layout, units: Sequence[Mapping[str, Tensor]]) -> PreTrainedModel:
+    """A smaller model that has only some units of each block.
+
+    Args:
+        model: its pruned units are masked already (the columns of the output projections are zero), so that both
+            models must compute the same.
+        layout: of `model` as it is now.
+        units: for every block, the numbers of the units that stay [kept], ascending, by output projection; as many
+            in every block.
+
+    Raises:
+        InputError: the parts of the model are spread over devices.
+        RuntimeError: the smaller model computes something else.
+    """
+    if len({parameter.device for parameter in model.parameters()}) > 1:
+        raise InputError("the model lies on several devices: load it without a device map to cut it")
+    changes = config_changes(model, layout, {site: len(kept) for site, kept in units[0].items()})
+    assert changes is not None, "widths are chosen among those that the config can say"
+    with no_init_weights():
+        smaller: Any = type(model)(changed_config(model.config, changes))
+    smaller = smaller.to(model.device, model.dtype)
+    smaller.load_state_dict(_cut_state(model, layout, units), assign=True)
+    smaller.tie_weights()
+    smaller.train(model.training)
+    smaller.requires_grad_(next(model.parameters()).requires_grad)
+    smaller.generation_config = model.generation_config
+    smaller.name_or_path = model.name_or_path
+    assert isinstance(smaller, PreTrainedModel)
+    _prove_same(model, smaller)
+    return smaller
+
+
+def _cut_state(model: PreTrainedModel, layout: Layout, units: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Every parameter and buffer that is saved, those of the blocks without what goes."""
+    state = dict(model.state_dict())
+    for (path, _), kept in zip(find_blocks(model), units, strict=True):
+        for kind in layout.kinds:
+            for cut in kind.cuts if kind.site in kept else ():
+                name = f"{path}.{cut.name}"
+                entries = cut.kept(kept[kind.site]).to(state[name].device)
+                state[name] = state[name].index_select(cut.axis, entries).contiguous()
+    return state
+
+
+def _prove_same(model: PreTrainedModel, smaller: PreTrainedModel) -> None:
+    """Raise RuntimeError unless both models give the same logits."""
+    tokens = (torch.arange(PROOF_TOKENS, device=model.device) * 7919 % model.config.get_text_config().vocab_size)[None]
+    training = model.training
+    masked, cut = (m.eval()(input_ids=tokens, use_cache=False).logits.float() for m in (model, smaller))
+    model.train(training)
+    smaller.train(training)
+    difference = ((masked - cut).abs().max() / masked.abs().max().clamp(min=1e-12)).item()
+    if not difference <= (1e-4 if model.dtype == torch.float32 else 2e-2):
+        raise RuntimeError(
+            f"the cut model's logits differ from the masked model's by {difference:.2g} of their size; nothing was "
+            "written; please report this"
+        )
+    log.info("cut model equals masked model: logits differ by %.1g of their size", difference)

@@ -1,0 +1,62 @@
+"""What a method is given that looks at the whole model before the walk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from llmprune.blocks import Block
+from llmprune.structured.structure import Structure
+
+
+@dataclass(frozen=True)
+class LearningOptions:
+    """How masks are learned.
+
+    Attributes:
+        steps: of the gates.
+        schedule: "from_above" (widths fixed, the set shrinks to them) or "paper" (widths learned from nothing).
+        kl, ce, hidden: weights of the divergence from the dense model, of the cross-entropy, and of the mean squared
+            errors of the blocks' outputs.
+        lora_rank: of adapters trained beside the gates and merged; 0 leaves the weights alone.
+        checkpointing: keep only what enters each block and run it again for gradients: slower, far less memory.
+    """
+
+    steps: int = 400
+    schedule: str = "from_above"
+    kl: float = 1.0
+    ce: float = 0.0
+    hidden: float = 0.0
+    lora_rank: int = 0
+    checkpointing: bool = False
+
+
+@dataclass
+class Task:
+    """A model to look at as a whole.
+
+    Attributes:
+        windows: token ids [n, seqlen], all ranks' together.
+        device: where to compute; None where the model is.
+        state: file that holds what an interrupted run has learned; None keeps nothing.
+        resume: go on from that file.
+        curves: rows for the report, added by the method.
+    """
+
+    model: PreTrainedModel
+    blocks: list[Block]
+    structure: Structure
+    windows: Tensor
+    batch_size: int
+    device: torch.device | None
+    seed: int
+    options: LearningOptions
+    state: Path | None = None
+    resume: bool = False
+    curves: list[Mapping[str, Any]] = field(default_factory=list)
