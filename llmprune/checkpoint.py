@@ -29,8 +29,10 @@ from llmprune import reload_proof
 from llmprune.calibration import vocabulary_size
 from llmprune.errors import InputError
 from llmprune.report import Report
+from llmprune.structured.curves import draw_curves
 
 MANIFEST = "llmprune.json"
+CURVES = "learning.png"
 PROOF_TOKENS = 32
 LAUNCHER_VARIABLES = frozenset("RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK MASTER_ADDR MASTER_PORT".split())
 
@@ -95,6 +97,8 @@ def save_checkpoint(
             tokenizer.save_pretrained(folder)
         proof = prove_reload(model, folder)
         manifest = {**report.as_dict(), "reload": proof}
+        if report.curves and report.widths:
+            draw_curves(report.curves, {k["projection"]: k["before"] for k in report.widths["kinds"]}, folder / CURVES)
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     return target
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
 import traceback
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -15,36 +14,9 @@ from transformers.utils import logging as transformers_logging
 
 from llmprune.errors import InputError
 from llmprune.launch import all_ranks
-from llmprune.options import (
-    Batch,
-    Calibration,
-    Compensation,
-    Debug,
-    Device,
-    DryRun,
-    Dtype,
-    Holdout,
-    Ignore,
-    Json,
-    KeepHeads,
-    Length,
-    Method,
-    Mix,
-    Model,
-    Output,
-    Overwrite,
-    PatternName,
-    Refine,
-    Remote,
-    Residual,
-    RoundChannels,
-    Samples,
-    Seed,
-    Sequential,
-    Sparsity,
-    Target,
-    Targets,
-)
+from llmprune.options import Batch, Debug, Device, Dtype, Json, Length, Model, Remote
+from llmprune.prune_command import prune_command
+from llmprune.terminal import is_first, say
 
 # Typer brings its own copy of click since 0.24 and uses the installed one before: this is either's UsageError.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -77,7 +49,7 @@ def main() -> None:
     except InputError as error:
         _fail(str(error), debug)
     except (KeyboardInterrupt, typer.Abort):
-        if _is_first():
+        if is_first():
             typer.echo("llmprune: interrupted; nothing was written", err=True)
         sys.exit(INTERRUPTED)
 
@@ -100,14 +72,9 @@ def spread(words: list[str]) -> list[str]:
 def _fail(message: str, debug: bool) -> None:
     if debug:
         traceback.print_exc()
-    if _is_first():
+    if is_first():
         typer.echo(f"llmprune: {' '.join(message.split())}", err=True)
     sys.exit(2)
-
-
-def _is_first() -> bool:
-    """True on the one process that speaks."""
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 def _configure_logging(debug: bool) -> None:
@@ -116,74 +83,10 @@ def _configure_logging(debug: bool) -> None:
         transformers_logging.disable_progress_bar()
     if not debug:
         transformers_logging.set_verbosity_error()  # what matters of its warnings, this package says in one line
-    logging.getLogger("llmprune").setLevel((logging.DEBUG if debug else logging.INFO) if _is_first() else logging.ERROR)
+    logging.getLogger("llmprune").setLevel((logging.DEBUG if debug else logging.INFO) if is_first() else logging.ERROR)
 
 
-@app.command("prune")
-def prune_command(
-    model: Model,
-    output: Output = None,
-    method: Method = "wanda",
-    sparsity: Sparsity = None,
-    pattern: PatternName = None,
-    refine: Refine = None,
-    compensation: Compensation = None,
-    sequential: Sequential = None,
-    target: Target = None,
-    mix: Mix = None,
-    residual: Residual = None,
-    dataset: Calibration = None,
-    num_calibration_samples: Samples = 128,
-    num_holdout_samples: Holdout = 8,
-    max_seq_length: Length = None,
-    batch_size: Batch = 8,
-    seed: Seed = 0,
-    keep_heads: KeepHeads = False,
-    round_channels: RoundChannels = 1,
-    ignore: Ignore = None,
-    targets: Targets = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    trust_remote_code: Remote = False,
-    dry_run: DryRun = False,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Prune a model and save it so that it reloads anywhere."""
-    from llmprune.commands import run_prune, show_plan
-    from llmprune.config import PruneConfig
-
-    config = PruneConfig(
-        method=method,
-        sparsity=sparsity,
-        pattern=pattern,
-        refine=refine,
-        compensation=compensation,
-        sequential=sequential,
-        target=target,
-        mix=mix,
-        residual=residual,
-        dataset=dataset,
-        num_calibration_samples=num_calibration_samples,
-        max_seq_length=max_seq_length,
-        batch_size=batch_size,
-        seed=seed,
-        keep_heads=keep_heads,
-        round_channels=round_channels,
-        ignore=tuple(ignore or ()),
-        targets=tuple(targets or ()),
-        device=device,
-        dtype=dtype,
-        num_holdout_samples=num_holdout_samples,
-        trust_remote_code=trust_remote_code,
-    )
-    if dry_run:
-        _out(show_plan(model, config, as_json))
-    elif output is None:
-        raise InputError("no output folder: pass -o FOLDER, or --dry-run to see what would be done")
-    else:
-        _out(run_prune(model, output, config, overwrite, as_json))
+app.command("prune")(prune_command)
 
 
 @app.command("eval")
@@ -205,7 +108,7 @@ def eval_command(
     """Perplexity by the papers' protocol, and with --against the divergence from the dense model."""
     from llmprune.commands import run_eval
 
-    _out(
+    say(
         run_eval(
             model,
             dataset,
@@ -228,7 +131,7 @@ def inspect_command(
     """Sparsity per site, the pattern it obeys, and the manifest."""
     from llmprune.commands import run_inspect
 
-    _out(run_inspect(folder, as_json))
+    say(run_inspect(folder, as_json))
 
 
 @app.command("methods")
@@ -238,10 +141,10 @@ def methods_command(as_json: Json = False, debug: Debug = False) -> None:
 
     if as_json:
         rows = {name: {"summary": m.summary, "source": m.source, "group": m.group} for name, m in methods().items()}
-        _out(json.dumps(rows, indent=1))
+        say(json.dumps(rows, indent=1))
         return
     for name, method in methods().items():
-        _out(f"{name:<10} {method.summary} ({method.source})")
+        say(f"{name:<10} {method.summary} ({method.source})")
 
 
 @app.command("demo")
@@ -249,10 +152,4 @@ def demo_command(as_json: Json = False, debug: Debug = False) -> None:
     """Prune the embedded model by five methods and show what each cost. No network, no data needed."""
     from llmprune.demo.run import run_demo
 
-    _out(run_demo(as_json))
-
-
-def _out(text: Any) -> None:
-    """Print on rank 0; nothing for an empty answer."""
-    if text and _is_first():
-        typer.echo(text)
+    say(run_demo(as_json))

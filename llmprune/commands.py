@@ -28,7 +28,7 @@ from llmprune.ready_windows import read_npy
 from llmprune.report import versions
 
 
-def run_prune(model: str, output: Path, config: PruneConfig, overwrite: bool, as_json: bool) -> str:
+def run_prune(model: str, output: Path, config: PruneConfig, overwrite: bool, resume: bool, as_json: bool) -> str:
     """Prune, save on rank 0, and report."""
     check_target(output, overwrite, model)
     resolve_device(config.device)
@@ -37,9 +37,11 @@ def run_prune(model: str, output: Path, config: PruneConfig, overwrite: bool, as
             f"method {config.method} needs calibration text: pass --dataset FILE, a Hub name such as c4, or 'self'"
         )
     check_dataset(config.dataset)
-    result = prune(model, config)
+    state = output.with_name(f".{output.name}.learning.safetensors")
+    result = prune(model, config, state=state, resume=resume)
     if world()[0] == 0:
         result.save(output, overwrite=overwrite)
+        state.unlink(missing_ok=True)
     if world()[1] > 1:
         PartialState().wait_for_everyone()
     if as_json:

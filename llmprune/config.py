@@ -93,6 +93,7 @@ class PruneConfig:
                 raise InputError(
                     f"{name} is part of a dense target, and the target is {recipe.target}: add --target dense"
                 )
+        self.learning.check()
         if (self.keep_heads or self.round_channels != 1) and not isinstance(recipe.pattern, Uniform):
             raise InputError(f"keep_heads and round_channels belong to pattern uniform, not to {recipe.pattern}")
         for name in ("num_calibration_samples", "batch_size", "round_channels"):

@@ -54,6 +54,18 @@ Residual = Annotated[
     float | None,
     typer.Option("--residual", help="With --target dense: share of the residual stream's error to cancel [1.0]."),
 ]
+Steps = Annotated[int, typer.Option("--steps", help="maskprune: steps of learning.")]
+Schedule = Annotated[
+    str, typer.Option("--schedule", help="maskprune: from_above (widths given), or paper (widths learned).")
+]
+Kl = Annotated[float, typer.Option("--kl", help="maskprune: weight of the divergence from the dense model.")]
+Ce = Annotated[float, typer.Option("--ce", help="maskprune: weight of the cross-entropy.")]
+Hidden = Annotated[float, typer.Option("--hidden-mse", help="maskprune: weight of the hidden states' squared error.")]
+LoraRank = Annotated[int, typer.Option("--lora-rank", help="maskprune: rank of adapters trained along; 0 for none.")]
+Checkpointing = Annotated[
+    bool, typer.Option("--checkpointing", help="maskprune: run blocks twice instead of keeping what is inside them.")
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the learning of a run that was interrupted.")]
 Calibration = Annotated[
     str | None,
     typer.Option(

@@ -22,7 +22,7 @@ LAYERS = (
     {"calibration", "planning", "checkpoint", "inspection", "tables"},
     {"prune", "launch"},
     {"commands", "demo"},
-    {"cli", "options"},
+    {"cli", "options", "prune_command", "terminal"},
 )
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 from torch import Tensor
 
 from llmprune.criteria.base import Criterion, Pruned
 from llmprune.errors import InputError
 from llmprune.patterns import Columns, Pattern, Uniform
 from llmprune.sites import Site
+from llmprune.structured.adapters import Adapters
 from llmprune.structured.distillation import Distillation
 from llmprune.structured.gates import Gates, checkpointed, frozen
 from llmprune.structured.learning import learn_gates
@@ -42,12 +45,12 @@ class MaskPrune(Criterion):
         with frozen(task.model, task.device) as device:
             gates = Gates(task.blocks, device)
             options = task.options
-            loss = Distillation(task.model, gates, options.kl, options.ce, options.hidden)
-            if options.checkpointing:
-                with checkpointed(task.blocks):
-                    game = learn_gates(task, gates, loss)
-            else:
-                game = learn_gates(task, gates, loss)
+            adapters = Adapters(task.model, options.lora_rank, task.seed) if options.lora_rank else None
+            loss = Distillation(task.model, gates, options.kl, options.ce, options.hidden, adapters)
+            with checkpointed(task.blocks) if options.checkpointing else nullcontext():
+                game = learn_gates(task, gates, loss, adapters)
+            if adapters is not None:
+                adapters.merge_()
         if game.keeps != gates.keeps:
             task.structure.widen_(task.structure.fit({k: 1 - share for k, share in game.removed.items()}), task.blocks)
         self._gates = gates

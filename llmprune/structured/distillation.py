@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from llmprune.structured.adapters import Adapters
 from llmprune.structured.gates import Gates
 
 
@@ -24,6 +26,7 @@ class Distillation:
     kl: float = 1.0
     ce: float = 0.0
     hidden: float = 0.0
+    adapters: Adapters | None = None
 
     def __call__(self, windows: Tensor) -> Tensor:
         """The loss, differentiable at the gates."""
@@ -31,7 +34,7 @@ class Distillation:
         logits, states = self._run(ids)
         value = torch.zeros((), device=logits.device)
         if self.kl or self.hidden:
-            with torch.no_grad(), self.gates.opened():
+            with torch.no_grad(), self.gates.opened(), self.adapters.disabled() if self.adapters else nullcontext():
                 wanted, wanted_states = self._run(ids)
             own = F.log_softmax(logits.flatten(0, 1).float(), -1)
             dense = F.log_softmax(wanted.flatten(0, 1).float(), -1)

@@ -83,14 +83,18 @@ Loss = Callable[[Tensor], Tensor]
 """What to minimise: token windows [n, seqlen] -> mean over their tokens, with the gates applied."""
 
 
-def gradients(gates: Gates, loss: Loss, windows: Tensor, batch_size: int) -> tuple[float, dict[str, Tensor]]:
+def gradients(
+    gates: Gates, loss: Loss, windows: Tensor, batch_size: int, also: Sequence[Tensor] = ()
+) -> tuple[float, dict[str, Tensor], list[Tensor]]:
     """Mean loss over windows [n, seqlen], of all ranks together, and its gradient at the gates as they are.
 
-    Each rank takes its share of the windows; every rank returns the same.
+    Each rank takes its share of the windows; every rank returns the same. At what is in `also` the gradients are
+    this rank's part of the sum.
     """
     rank, ranks = world()
     leaves = {path: value.detach().requires_grad_() for path, value in gates.values.items()}
     sums = {path: torch.zeros_like(value) for path, value in gates.values.items()}
+    further = [torch.zeros_like(value) for value in also]
     total = torch.zeros(1, device=next(iter(sums.values())).device)
     own, plain = windows[rank::ranks], gates.values
     gates.values = leaves
@@ -100,14 +104,15 @@ def gradients(gates: Gates, loss: Loss, windows: Tensor, batch_size: int) -> tup
                 with torch.enable_grad():
                     value = loss(batch)
                 share = len(batch) / len(windows)
-                for path, gradient in zip(leaves, torch.autograd.grad(value, list(leaves.values())), strict=True):
-                    sums[path] += share * gradient
+                found = torch.autograd.grad(value, [*leaves.values(), *also])
+                for part, gradient in zip([*sums.values(), *further], found, strict=True):
+                    part += share * gradient
                 total += share * value.detach()
     finally:
         gates.values = plain
     for part in (total, *sums.values()):
         summed_(part)
-    return total.item(), sums
+    return total.item(), sums, further
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tqdm import tqdm
 
 from llmprune.collectives import world
 from llmprune.errors import InputError
+from llmprune.structured.adapters import Adapters
 from llmprune.structured.gates import Gates, Loss, gradients
 from llmprune.structured.minimax import Minimax
 from llmprune.structured.task import Task
@@ -30,11 +32,11 @@ SHOWN = 100
 """Rows of the curves, and times that the state is saved, in a run."""
 
 
-def learn_gates(task: Task, gates: Gates, loss: Loss, each: Any = None) -> Minimax:
+def learn_gates(task: Task, gates: Gates, loss: Loss, adapters: Adapters | None = None) -> Minimax:
     """Play the game to its end; `gates` hold the result, zero where a unit goes.
 
     Args:
-        each: called after every step's gradients, for what is trained beside the gates.
+        adapters: trained beside the gates.
 
     Raises:
         InputError: the loss is not finite, or a saved state belongs to another run.
@@ -42,32 +44,35 @@ def learn_gates(task: Task, gates: Gates, loss: Loss, each: Any = None) -> Minim
     game = _new_game(task, gates)
     before: dict[str, Tensor] | None = None
     if task.resume and task.state is not None and task.state.is_file():
-        _load_(game, task, task.state)
+        _load_(game, task, task.state, adapters)
         before = game.pruned_set()
         log.info("goes on at step %d of %d", game.step, game.steps)
     else:
-        game.probe_(lambda values, number: _gradient(task, gates, loss, values, number)[1], _generator(task.seed))
+        game.probe_(partial(_gradient, task, gates, loss), _generator(task.seed))
     stride = max(1, game.steps // SHOWN)
     bar = tqdm(total=game.steps, initial=game.step, desc="learning masks", disable=world()[0] > 0 or None, leave=False)
     with bar:
         while game.step < game.steps:
             number = game.step
-            value, gradient = _gradient(task, gates, loss, game.gates, number)
+            gates.values = game.gates
+            value, gradient, further = gradients(
+                gates, loss, step_windows(task, number), task.batch_size, adapters.parameters if adapters else ()
+            )
             if not math.isfinite(value) or not all(bool(torch.isfinite(g).all()) for g in gradient.values()):
-                _save(game, task)
+                _save(game, task, adapters)
                 raise InputError(
                     f"the loss of step {number + 1} is not finite (NaN or infinity): the model overflows in its dtype; "
                     "try --dtype float32; --resume goes on from the step before"
                 )
             game.advance_(gradient, lambda shares: task.structure.fit(shares).kept)
-            if each is not None:
-                each()
+            if adapters is not None:
+                adapters.step(further)
             bar.update()
             if number % stride == 0 or game.step == game.steps:
                 row, before = _row(game, value, before)
                 task.curves.append(row)
                 bar.set_postfix(loss=f"{value:.4f}", budget=f"{row['kept_share']:.3f}", overlap=row["overlap"])
-                _save(game, task)
+                _save(game, task, adapters)
     gates.values = game.gates
     return game
 
@@ -80,12 +85,10 @@ def _new_game(task: Task, gates: Gates) -> Minimax:
     return Minimax(gates.values, dict(gates.keeps), prices, task.options.schedule, task.options.steps, kept / whole)
 
 
-def _gradient(
-    task: Task, gates: Gates, loss: Loss, values: Mapping[str, Tensor], number: int
-) -> tuple[float, dict[str, Tensor]]:
-    """Loss and gradient on the windows of a step."""
+def _gradient(task: Task, gates: Gates, loss: Loss, values: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
+    """The gradient at given gates on the windows of a step."""
     gates.values = dict(values)
-    return gradients(gates, loss, step_windows(task, number), task.batch_size)
+    return gradients(gates, loss, step_windows(task, number), task.batch_size)[1]
 
 
 def step_windows(task: Task, number: int) -> Tensor:
@@ -131,13 +134,15 @@ def _identity(task: Task) -> str:
     return json.dumps(facts, sort_keys=True)
 
 
-def _save(game: Minimax, task: Task) -> None:
+def _save(game: Minimax, task: Task, adapters: Adapters | None) -> None:
     """Write the whole state beside the output, at once or not at all."""
     if task.state is None or world()[0] > 0:
         return
     tensors = {f"{name}/{kind}": value.cpu().contiguous() for name in ("gates", "rates", "duals", "kept")
                for kind, value in getattr(game, name).items()}  # fmt: skip
     scalars = {name: getattr(game, name) for name in ("keeps", "curvature", "removed", "multiplier", "step")}
+    for name, value in adapters.tensors().items() if adapters is not None else ():
+        tensors[f"adapters/{name}"] = value.cpu().contiguous()
     building = task.state.with_suffix(".building")
     task.state.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, building, metadata={"identity": _identity(task), "scalars": json.dumps(scalars),
@@ -145,7 +150,7 @@ def _save(game: Minimax, task: Task) -> None:
     building.replace(task.state)
 
 
-def _load_(game: Minimax, task: Task, path: Path) -> None:
+def _load_(game: Minimax, task: Task, path: Path, adapters: Adapters | None) -> None:
     """Go back to a saved state.
 
     Raises:
@@ -167,3 +172,5 @@ def _load_(game: Minimax, task: Task, path: Path) -> None:
     for name, value in scalars.items():
         setattr(game, name, value)
     task.curves[:] = curves
+    if adapters is not None:
+        adapters.load_({key.removeprefix("adapters/"): v for key, v in tensors.items() if key.startswith("adapters/")})

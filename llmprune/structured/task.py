@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmprune.blocks import Block
+from llmprune.errors import InputError
+from llmprune.structured.minimax import SCHEDULES
 from llmprune.structured.structure import Structure
 
 
@@ -35,6 +38,21 @@ class LearningOptions:
     hidden: float = 0.0
     lora_rank: int = 0
     checkpointing: bool = False
+
+    def check(self) -> None:
+        """Raise InputError for what makes no sense."""
+        if self.steps < 10:
+            raise InputError(f"steps is {self.steps}: masks are learned in phases, give at least 10")
+        if self.schedule not in SCHEDULES:
+            raise InputError(f"schedule '{self.schedule}' is unknown: choose from {', '.join(SCHEDULES)}")
+        weights = {"kl": self.kl, "ce": self.ce, "hidden": self.hidden}
+        for name, value in weights.items():
+            if not 0 <= value < math.inf:
+                raise InputError(f"{name} is {value}: give a weight of 0 or more")
+        if not any(weights.values()):
+            raise InputError("kl, ce and hidden are all 0: there is nothing to learn from")
+        if self.lora_rank < 0:
+            raise InputError(f"lora_rank is {self.lora_rank}: give 0 for no adapters, or a rank such as 8")
 
 
 @dataclass
