@@ -116,10 +116,8 @@ def _row(game: Minimax, loss: float, before: dict[str, Tensor] | None) -> tuple[
     if before is not None:
         same = sum(int((gone[kind] & before[kind]).sum()) for kind in gone)
         overlap = round(same / max(1, sum(int(value.sum()) for value in gone.values())), 4)
-    widths = {kind: gates.shape[1] - game.bottom(kind) for kind, gates in game.gates.items()}
-    share = game.kept_share()
-    row = {"step": game.step, "loss": loss, "kept_share": share, "budget": game.budget, "overlap": overlap}
-    return {**row, "widths": widths}, gone
+    row = {"step": game.step, "loss": loss, "kept_share": game.kept_share(), "budget": game.budget}
+    return {**row, "overlap": overlap, "widths": dict(game.widths())}, gone
 
 
 def _identity(task: Task) -> str:

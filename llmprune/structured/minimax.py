@@ -172,10 +172,14 @@ class Minimax:
         whole = sum(price * self.gates[kind].shape[1] for kind, price in self.prices.items())
         return {kind: price / whole for kind, price in self.prices.items()}
 
+    def widths(self) -> dict[str, int]:
+        """Units of each kind that are not priced at this step; once the set is fixed, those in it."""
+        return self.keeps if self.kept else {kind: g.shape[1] - self.bottom(kind) for kind, g in self.gates.items()}
+
     def kept_share(self) -> float:
-        """Share of the units' parameters that is not priced at this step."""
-        shares = self._shares()
-        return sum(shares[kind] * (self.gates[kind].shape[1] - self.bottom(kind)) for kind in shares)
+        """Share of the units' parameters that these hold."""
+        shares, widths = self._shares(), self.widths()
+        return sum(shares[kind] * widths[kind] for kind in shares)
 
     def _choose_(self, project: Project) -> None:
         """Fix the set: the largest gates of every block, as many as the budget allows."""
