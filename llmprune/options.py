@@ -55,6 +55,7 @@ Residual = Annotated[
     typer.Option("--residual", help="With --target dense: share of the residual stream's error to cancel [1.0]."),
 ]
 Steps = Annotated[int, typer.Option("--steps", help="maskprune: steps of learning.")]
+Passes = Annotated[int, typer.Option("--passes", help="maskprune: how often every window is seen.")]
 Schedule = Annotated[
     str, typer.Option("--schedule", help="maskprune: from_above (widths given), or paper (widths learned).")
 ]

@@ -26,8 +26,6 @@ from llmprune.structured.task import Task
 
 log = logging.getLogger(__name__)
 
-PASSES = 40
-"""How often each window is seen: with 400 steps, a tenth of the windows a step."""
 SHOWN = 100
 """Rows of the curves, and times that the state is saved, in a run."""
 
@@ -94,7 +92,7 @@ def _gradient(task: Task, gates: Gates, loss: Loss, values: Mapping[str, Tensor]
 def step_windows(task: Task, number: int) -> Tensor:
     """The windows [k, seqlen] of a step: from one shuffled round of all of them to the next."""
     count = len(task.windows)
-    size = max(1, min(count, round(PASSES * count / task.options.steps)))
+    size = max(1, min(count, round(task.options.passes * count / task.options.steps)))
     first = number * size
     rows: list[int] = []
     for position in range(first, first + size):

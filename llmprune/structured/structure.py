@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmprune.biases import with_biases
-from llmprune.blocks import Block, find_blocks
+from llmprune.blocks import Block, Skipped, find_blocks
 from llmprune.errors import InputError
 from llmprune.patterns import Columns
 from llmprune.sites import Site
@@ -106,8 +106,12 @@ def make_structure(
     widths = fit()
     left = sum(p.numel() for p in find_blocks(subject)[0][1].parameters()) - widths.removed
     structure = Structure(layout, widths, blocks[0].parameters - left, lambda shares: fit(shares=shares))
+    cut = {cut.name for kind in structure.kinds for cut in kind.cuts}
     for block in blocks:
         projections = _projections(block)
+        for path, site in projections.items():
+            if f"{path}.{site.parameter}" not in cut:
+                block.skipped.append(Skipped(site.name, "not part of a unit that is cut", site.weight.numel()))
         block.sites = [projections[kind.site] for kind in structure.kinds]
     structure.widen_(widths, blocks)
     return structure

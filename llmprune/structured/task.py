@@ -24,6 +24,7 @@ class LearningOptions:
 
     Attributes:
         steps: of the gates.
+        passes: how often each calibration window is seen; with the steps it says how many a step sees.
         schedule: "from_above" (widths fixed, the set shrinks to them) or "paper" (widths learned from nothing).
         kl, ce, hidden: weights of the divergence from the dense model, of the cross-entropy, and of the mean squared
             errors of the blocks' outputs.
@@ -32,6 +33,7 @@ class LearningOptions:
     """
 
     steps: int = 400
+    passes: int = 40
     schedule: str = "from_above"
     kl: float = 1.0
     ce: float = 0.0
@@ -43,6 +45,8 @@ class LearningOptions:
         """Raise InputError for what makes no sense."""
         if self.steps < 10:
             raise InputError(f"steps is {self.steps}: masks are learned in phases, give at least 10")
+        if self.passes < 1:
+            raise InputError(f"passes is {self.passes}: every window must be seen at least once")
         if self.schedule not in SCHEDULES:
             raise InputError(f"schedule '{self.schedule}' is unknown: choose from {', '.join(SCHEDULES)}")
         weights = {"kl": self.kl, "ce": self.ce, "hidden": self.hidden}
