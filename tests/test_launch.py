@@ -17,6 +17,7 @@ from tiny import ROOT
 
 from llmprune import PruneConfig, prune
 from llmprune.launch import launcher_arguments
+from llmprune.structured.task import LearningOptions
 
 
 @pytest.mark.parametrize(
@@ -49,7 +50,8 @@ def prune_by_two(
 ) -> tuple[Any, dict[str, torch.Tensor]]:
     """The manifest and the weights that two processes write."""
     np.save(folder / "windows.npy", windows.numpy())
-    done = launch("prune", saved, "-o", folder / "two", "--pattern", "2:4", "--batch-size", 2,
+    pattern = () if "--pattern" in options else ("--pattern", "2:4")
+    done = launch("prune", saved, "-o", folder / "two", *pattern, "--batch-size", 2,
                   "--dataset", folder / "windows.npy", "--device", "cpu", *options)  # fmt: skip
     assert done.returncode == 0, done.stderr
     manifest = json.loads((folder / "two" / "llmprune.json").read_text())
@@ -85,6 +87,18 @@ def test_two_processes_regress_as_well_as_one(saved_llama: Path, windows: torch.
             assert theirs[site.name] == pytest.approx(site.relative_error, rel=0.05), site.name
             weight, other = (state[f"{site.name}.weight"] for state in (alone.model.state_dict(), together))
             assert ((weight == 0) != (other == 0)).double().mean() < 0.02, site.name
+
+
+def test_two_processes_learn_the_masks_of_one(saved_llama: Path, windows: torch.Tensor, tmp_path: Path) -> None:
+    options = ("--method", "maskprune", "--pattern", "uniform", "--sparsity", "0.25", "--steps", "40")
+    manifest, together = prune_by_two(saved_llama, windows, tmp_path, *options)
+    config = PruneConfig(method="maskprune", sparsity=0.25, learning=LearningOptions(steps=40))
+    alone = prune(str(saved_llama), config, tokens=windows)
+    weights = dict(alone.model.state_dict())
+    assert manifest["widths"]["kept"] == (alone.report.widths or {})["kept"]
+    for key, value in together.items():  # the sums of the gradients are rounded in another order, the sets are not
+        assert value.shape == weights[key].shape
+        assert (value - weights[key]).norm() < 1e-3 * weights[key].norm(), key
 
 
 def test_an_error_on_two_processes_is_said_once_and_leaves_nothing(saved_llama: Path, tmp_path: Path) -> None:

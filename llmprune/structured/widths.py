@@ -82,7 +82,7 @@ def choose_widths(
         least = parameters - sum(kind.parameters * (kind.units - min(options[kind.site])) for kind in free)
         raise InputError(
             f"of the {parameters:,} parameters of a block {goal:,.0f} are to stay, but {least:,} always do: the fewest "
-            f"{' and '.join(kind.label for kind in free)} that can be had; ask for a smaller sparsity"
+            f"{' and '.join(kind.label for kind in free)} that can be had; ask for a smaller sparsity or --round-channels"
         )
     return Widths(kept, fixed, sum(kind.parameters * (kind.units - kept[kind.site]) for kind in free))
 
