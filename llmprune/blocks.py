@@ -20,6 +20,7 @@ from llmprune.errors import InputError
 from llmprune.sites import Site
 from llmprune.unprunable import find_routers, is_matrix, why_not
 
+IGNORED = "ignored as asked"
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -137,7 +138,7 @@ def _place(
     targeted = _matches(name, owner, targets, used) or not targets
     reason = why_not(owner, parameter, routers)
     if reason is None and ignored:
-        reason = "ignored as asked"
+        reason = IGNORED
     elif reason is None and not targeted:
         reason = "not among the targets"
     if reason is not None:

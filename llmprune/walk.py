@@ -26,7 +26,7 @@ from llmprune.errors import InputError
 from llmprune.learning import learn
 from llmprune.orders import IN_ORDER, Job, check_order
 from llmprune.sites import Site
-from llmprune.stream import Stream, visiting
+from llmprune.stream import Stream, evaluating, visiting
 
 log = logging.getLogger(__name__)
 
@@ -197,18 +197,6 @@ def windows_per_pass(model: PreTrainedModel, windows: Tensor, batch_size: int, d
     """`batch_size`; on a CPU fewer where that many windows [n, seqlen] would only push one another out of its cache."""
     on_cpu = (device or model.device).type == "cpu"
     return max(1, min(batch_size, CPU_TOKENS // windows.shape[1])) if on_cpu else batch_size
-
-
-@contextmanager
-def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Eval mode (no dropout), with every module's own mode restored."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 @contextmanager

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from llmprune.blocks import find_blocks
 from llmprune.structured.adapters import Adapters
 from llmprune.structured.gates import Gates
 
@@ -47,5 +49,13 @@ class Distillation:
 
     def _run(self, ids: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Logits, and the blocks' outputs if they matter."""
-        output = self.model(input_ids=ids, use_cache=False, output_hidden_states=bool(self.hidden))
-        return output.logits, output.hidden_states[1:] if self.hidden else ()
+        states: list[Tensor] = []
+
+        def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            states.append(output[0] if isinstance(output, tuple) else output)
+
+        with ExitStack() as stack:
+            for _, block in find_blocks(self.model) if self.hidden else ():
+                stack.callback(block.register_forward_hook(keep).remove)
+            output = self.model(input_ids=ids, use_cache=False)
+        return output.logits, tuple(states)

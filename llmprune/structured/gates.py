@@ -15,7 +15,7 @@ from llmprune.blocks import Block
 from llmprune.collectives import summed_, world
 from llmprune.errors import InputError
 from llmprune.patterns import Columns
-from llmprune.stream import replaced_forwards
+from llmprune.stream import evaluating, replaced_forwards
 from llmprune.wiring import first_of
 
 
@@ -122,17 +122,15 @@ def frozen(model: PreTrainedModel, device: torch.device | None) -> Iterator[torc
         raise InputError("the model lies on several devices: load it without a device map to learn on it")
     home, place = model.device, device or model.device
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    training = [module for module in model.modules() if module.training]
-    moved: Any = model.eval().requires_grad_(False)
+    moved: Any = model.requires_grad_(False)
     moved.to(place)
     try:
-        yield place
+        with evaluating(model):
+            yield place
     finally:
         moved.to(home)
         for parameter in wanted:
             parameter.requires_grad_(True)
-        for module in training:
-            module.training = True
 
 
 @contextmanager

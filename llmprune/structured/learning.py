@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -123,7 +124,8 @@ def _identity(task: Task) -> str:
     facts = {
         **asdict(task.options),
         "seed": task.seed,
-        "windows": [*task.windows.shape, int(task.windows.sum())],
+        "windows": hashlib.sha256(task.windows.numpy().tobytes()).hexdigest(),
+        "weights": [site.weight.double().sum().item() for block in task.blocks for site in block.sites],
         "kept": task.structure.widths.kept,
         "batch": task.batch_size,
     }

@@ -27,7 +27,8 @@ PRICE = {"from_above": 0.2, "paper": 1e-3}
 PRICE_RATE = 0.05
 WIDTH_RATE = 0.02
 SORT, RAMP, CHOOSE = 0.1, 0.7, 0.8
-"""Shares of the steps: until SORT all but one unit are priced; until RAMP ever fewer; at CHOOSE the set is fixed."""
+"""Shares of the steps: until SORT all units are priced (one left out at the start would stay for that alone); until
+RAMP ever fewer; at CHOOSE the set is fixed."""
 
 Gradient = Callable[[Mapping[str, Tensor]], tuple[float, dict[str, Tensor]]]
 """Loss and its gradient at given gates."""
@@ -123,9 +124,9 @@ class Minimax:
             return math.ceil(units * self.removed[kind] - 1e-6)
         target, time = units - self.keeps[kind], self.step / self.steps
         if time < SORT:
-            return units - 1 if target else 0
+            return units if target else 0
         fall = min((time - SORT) / (RAMP - SORT), 1.0)
-        return round(units - 1 + fall * (target - units + 1)) if target else 0
+        return round(units + fall * (target - units)) if target else 0
 
     def advance_(self, gradient: Mapping[str, Tensor], project: Project) -> None:
         """One step of the gates, and before the set is fixed, of the duals and the widths."""

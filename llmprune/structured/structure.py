@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmprune.biases import with_biases
-from llmprune.blocks import Block, Skipped, find_blocks
+from llmprune.blocks import IGNORED, Block, Skipped, find_blocks
 from llmprune.errors import InputError
 from llmprune.patterns import Columns
 from llmprune.sites import Site
@@ -118,13 +118,20 @@ def make_structure(
 
 
 def _is_wanted(kind: Kind, blocks: Sequence[Block]) -> bool:
-    wanted = [any(site.name == f"{block.name}.{kind.site}" for site in block.sites) for block in blocks]
+    wanted = [_is_whole(kind, block) for block in blocks]
     if any(wanted) and not all(wanted):
         raise InputError(
             f"{blocks[wanted.index(False)].name}.{kind.site} is left out and {blocks[wanted.index(True)].name}."
             f"{kind.site} is not: equal widths need the same choice in every block"
         )
     return all(wanted)
+
+
+def _is_whole(kind: Kind, block: Block) -> bool:
+    """True if its output projection is to be pruned, and nothing that would be cut with it is to be left alone."""
+    ignored = {skipped.name for skipped in block.skipped if skipped.reason == IGNORED}
+    touched = {f"{block.name}.{name}" for cut in kind.cuts for name in (cut.name, cut.name.rpartition(".")[0])}
+    return kind.site in _projections(block) and not ignored & touched
 
 
 def _projections(block: Block) -> dict[str, Site]:

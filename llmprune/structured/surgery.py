@@ -13,6 +13,7 @@ from transformers.initialization import no_init_weights
 
 from llmprune.blocks import find_blocks
 from llmprune.errors import InputError
+from llmprune.stream import evaluating
 from llmprune.structured.layout import Layout
 from llmprune.structured.widths import changed_config, config_changes
 
@@ -41,17 +42,26 @@ def shrunk(model: PreTrainedModel, layout: Layout, units: Sequence[Mapping[str, 
     changes = config_changes(model, layout, {site: len(kept) for site, kept in units[0].items()})
     assert changes is not None, "widths are chosen among those that the config can say"
     with no_init_weights():
-        smaller: Any = type(model)(changed_config(model.config, changes))
-    smaller = smaller.to(model.device, model.dtype)
+        built: Any = type(model)(changed_config(model.config, changes))
+    smaller: PreTrainedModel = built.to(model.device)
     smaller.load_state_dict(_cut_state(model, layout, units), assign=True)
     smaller.tie_weights()
-    smaller.train(model.training)
-    smaller.requires_grad_(next(model.parameters()).requires_grad)
-    smaller.generation_config = model.generation_config
-    smaller.name_or_path = model.name_or_path
-    assert isinstance(smaller, PreTrainedModel)
+    _make_alike_(smaller, model)
     _prove_same(model, smaller)
     return smaller
+
+
+def _make_alike_(smaller: PreTrainedModel, model: PreTrainedModel) -> None:
+    """What a state dict does not carry over: the buffers that are not saved, in their dtype, and the flags."""
+    for name, buffer in model.named_buffers():
+        parent, _, key = name.rpartition(".")
+        smaller.get_submodule(parent)._buffers[key] = buffer.clone()
+    for name, parameter in model.named_parameters():
+        smaller.get_parameter(name).requires_grad_(parameter.requires_grad)
+    for name, module in model.named_modules():
+        smaller.get_submodule(name).training = module.training
+    smaller.generation_config = model.generation_config
+    smaller.name_or_path = model.name_or_path
 
 
 def _cut_state(model: PreTrainedModel, layout: Layout, units: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -69,12 +79,10 @@ def _cut_state(model: PreTrainedModel, layout: Layout, units: Sequence[Mapping[s
 def _prove_same(model: PreTrainedModel, smaller: PreTrainedModel) -> None:
     """Raise RuntimeError unless both models give the same logits."""
     tokens = (torch.arange(PROOF_TOKENS, device=model.device) * 7919 % model.config.get_text_config().vocab_size)[None]
-    training = model.training
-    masked, cut = (m.eval()(input_ids=tokens, use_cache=False).logits.float() for m in (model, smaller))
-    model.train(training)
-    smaller.train(training)
-    difference = ((masked - cut).abs().max() / masked.abs().max().clamp(min=1e-12)).item()
-    if not difference <= (1e-4 if model.dtype == torch.float32 else 2e-2):
+    with evaluating(model), evaluating(smaller):
+        masked, cut = (m(input_ids=tokens, use_cache=False).logits.float() for m in (model, smaller))
+    difference = ((masked - cut).norm() / masked.norm().clamp(min=1e-12)).item()
+    if not difference <= (1e-4 if model.dtype == torch.float32 else 5e-2):  # half precision rounds other sums
         raise RuntimeError(
             f"the cut model's logits differ from the masked model's by {difference:.2g} of their size; nothing was "
             "written; please report this"

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.configuration_utils import PretrainedConfig
 
-from llmprune.blocks import find_blocks
+from llmprune.blocks import IGNORED, find_blocks
 from llmprune.errors import InputError
 from llmprune.structured.layout import UNBUILDABLE, Kind, Layout, shallow_config
 
@@ -53,36 +53,34 @@ def choose_widths(
         model: on any device, also meta.
         goal: parameters that one block may keep.
         ignored: output projections that the user leaves alone.
-        keep_heads: leave the coarse units alone.
+        keep_heads: leave units of several columns (KV groups) alone.
         shares: of the units of each kind that are wanted to stay; None means the same of all.
-        round_channels: the count of the finest units becomes a multiple of it, rounded down.
+        round_channels: the count of channels becomes a multiple of it, rounded down.
 
     Raises:
         InputError: there is nothing that can be cut, or not enough.
     """
     options, fixed = {}, dict.fromkeys(layout.tied, "its inputs hang together")
-    finest = min((kind.parameters for kind in layout.kinds), default=0)
     for kind in layout.kinds:
-        if kind.site in ignored:
-            fixed[kind.site] = "ignored as asked"
+        if kind.site in ignored or (keep_heads and kind.columns > 1):
+            fixed[kind.site] = IGNORED if kind.site in ignored else "kept as asked"
             continue
-        if keep_heads and kind.parameters > finest:
-            fixed[kind.site] = "kept as asked"
-            continue
-        options[kind.site] = _sayable(model, layout, kind, sample=kind.parameters == finest)
+        options[kind.site] = _sayable(model, layout, kind)
         if not options[kind.site]:
             fixed[kind.site] = f"the config of {type(model).__name__} cannot say that there are fewer {kind.label}"
+        elif kind.columns == 1:
+            options[kind.site] = [c for c in options[kind.site] if c % round_channels == 0] or [kind.units]
     free = [kind for kind in layout.kinds if kind.site not in fixed]
     parameters = sum(p.numel() for p in find_blocks(model)[0][1].parameters())
     if not free:
         why = "; ".join(f"{site}: {reason}" for site, reason in fixed.items()) or "no units were found"
         raise InputError(f"{type(model).__name__} cannot be cut to smaller widths ({why}): use another pattern")
-    kept = _fit(free, options, parameters - goal, round_channels, shares)
+    kept = _fit(free, options, parameters - goal, shares)
     if kept is None:
         least = parameters - sum(kind.parameters * (kind.units - min(options[kind.site])) for kind in free)
         raise InputError(
             f"of the {parameters:,} parameters of a block {goal:,.0f} are to stay, but {least:,} always do: the fewest "
-            f"{' and '.join(kind.label for kind in free)} that can be had; ask for a smaller sparsity or --round-channels"
+            f"{' and '.join(kind.label for kind in free)} that can be had; ask for a smaller sparsity"
         )
     return Widths(kept, fixed, sum(kind.parameters * (kind.units - kept[kind.site]) for kind in free))
 
@@ -91,32 +89,42 @@ def _fit(
     kinds: list[Kind],
     options: Mapping[str, list[int]],
     target: float,
-    multiple: int,
     shares: Mapping[str, float] | None,
 ) -> dict[str, int] | None:
-    """Units kept by each kind so that at least `target` parameters of a block go; None if that cannot be."""
+    """Units kept by each kind so that at least `target` parameters of a block go; None if that cannot be.
+
+    The first choice of coarse counts with which the finest units come within one of the target; failing that, the
+    one that takes least too much.
+    """
     fine = min(kinds, key=lambda kind: kind.parameters)
     coarse = [kind for kind in kinds if kind is not fine]
+    counts = [*options[fine.site], fine.units]
     share = 1 - target / sum(kind.units * kind.parameters for kind in kinds)
     wanted = shares or {kind.site: share for kind in kinds}
     ranked = [_nearest_first([*options[kind.site], kind.units], kind.units * wanted[kind.site]) for kind in coarse]
-    for counts in sorted(itertools.product(*(range(len(r)) for r in ranked)), key=sum):
-        kept = {kind.site: r[i] for kind, r, i in zip(coarse, ranked, counts, strict=True)}
+    step = max((b - a for a, b in itertools.pairwise(counts)), default=1)
+    least, best = math.inf, None
+    for places in sorted(itertools.product(*(range(len(r)) for r in ranked)), key=sum):
+        kept = {kind.site: r[i] for kind, r, i in zip(coarse, ranked, places, strict=True)}
         rest = target - sum(kind.parameters * (kind.units - kept[kind.site]) for kind in coarse)
-        left = fine.units - math.ceil(rest / fine.parameters - 1e-9)
-        left = left // multiple * multiple
-        if rest >= 0 and left >= min(options[fine.site]):
-            return {**kept, fine.site: left}
-    return None
+        left = max((count for count in counts if fine.parameters * (fine.units - count) >= rest - 1e-6), default=None)
+        if left is None:
+            continue
+        surplus = fine.parameters * (fine.units - left) - rest
+        if surplus < least:
+            least, best = surplus, {**kept, fine.site: left}
+        if surplus < fine.parameters * step:
+            return best
+    return best
 
 
 def _nearest_first(counts: list[int], wanted: float) -> list[int]:
     return sorted(counts, key=lambda count: (abs(count - wanted), -count))
 
 
-def _sayable(model: PreTrainedModel, layout: Layout, kind: Kind, sample: bool) -> list[int]:
-    """The counts of units, fewer than now, that the config can say; with `sample` all if it can say one less."""
-    if sample:
+def _sayable(model: PreTrainedModel, layout: Layout, kind: Kind) -> list[int]:
+    """The counts of units, fewer than now, that the config can say. For channels one of them stands for all."""
+    if kind.columns == 1:
         return list(range(1, kind.units)) if config_changes(model, layout, {kind.site: kind.units - 1}) else []
     return [count for count in range(1, kind.units) if config_changes(model, layout, {kind.site: count})]
 
