@@ -30,11 +30,13 @@ from llmprune.structured.task import LearningOptions
 SPARSITIES = ("0.2", "0.35", "0.5")
 SCORES = ("random", "magnitude", "wanda", "stade", "taylor", "obs", "maskprune")
 ADAPTERS = LearningOptions(ce=0.1, hidden=0.1, lora_rank=8)
+REGRESSION = {"compensation": "least-squares", "target": "dense", "sequential": "site"}
 ROWS: dict[str, dict[str, Any]] = {
     **{name: {"method": name} for name in SCORES},
     "stade without bias": {"method": "stade", "compensation": "none"},
     **{f"{name} + least squares": {"method": name, "compensation": "least-squares"} for name in SCORES},
     "regress": {"method": "regress"},
+    "obs + regression": {"method": "obs", **REGRESSION},
     "maskprune + LoRA": {"method": "maskprune", "learning": ADAPTERS},
 }
 FIELDS = (
@@ -186,7 +188,8 @@ def _picture(rows: list[dict[str, Any]]) -> None:
     models = [task.model for task in TASKS if any(row["model"] == task.model for row in rows)]
     figure, axes = pyplot.subplots(1, len(models), figsize=(4 * len(models) + 2, 4), squeeze=False)
     for axis, model in zip(axes[0], models, strict=True):
-        for number, name in enumerate(name for name in ROWS if name != "random"):
+        for name in (name for name in ROWS if not name.startswith("random")):
+            colour = "black" if name == "regress" else f"C{SCORES.index(name.split()[0])}"
             points = sorted(
                 (
                     int(r["parameters"]) / int(r["dense_parameters"]),
@@ -196,9 +199,12 @@ def _picture(rows: list[dict[str, Any]]) -> None:
                 if r["model"] == model and r["method"] == name
             )
             if points:
-                style = "--" if "+" in name else "-"
-                axis.plot(*zip(*points, strict=True), f"o{style}", label=name, color=f"C{number % 10}", markersize=4)
+                style = ":" if "regression" in name else "--" if "+" in name else "-"
+                axis.plot(*zip(*points, strict=True), f"o{style}", label=name, color=colour, markersize=4)
         axis.set(title=model, yscale="log", xlabel="parameters / dense")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
+        axis.tick_params(axis="y", which="both", labelsize=7)
         axis.grid(alpha=0.3, which="both", axis="y")
     axes[0][0].set_ylabel("perplexity / dense (random left out)")
     axes[0][-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=7)
