@@ -148,7 +148,7 @@ OPTIONS = {
     "--pattern=0:4": "0:4 keeps 0 of every 4 weights",
     "--pattern=2:0": "2:0 keeps 2 of every 0 weights",
     "--pattern=4:4": "4:4 keeps 4 of every 4 weights",
-    "--pattern=a:b": "pattern 'a:b' is none: use unstructured, row, matrix, or n:m such as 2:4",
+    "--pattern=a:b": "pattern 'a:b' is none: use unstructured, row, matrix, uniform, or n:m such as 2:4",
     "--pattern=4:8": r"model.layers.0.mlp.down_proj has 68 inputs, which 8 does not divide.*--ignore model.layers.0",
     "--pattern=2:4 --sparsity=0.6": "2:4 prunes 0.5 of the weights, but sparsity 0.6 was given: leave --sparsity out",
     "--max-seq-length=65": "windows of 65 tokens exceed the model's 64 positions: pass --max-seq-length 64 or less",

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from llmprune import checkpoint
 from llmprune.cli import spread
+from llmprune.config import PruneConfig
 from llmprune.criteria import methods
 from llmprune.demo import run as demo
 from llmprune.least_squares import TOLERANCE
@@ -217,8 +218,9 @@ def test_help_names_every_command(ok: Ok) -> None:
 
 @pytest.mark.usefixtures("unproved")
 def test_the_demo_speaks_json(ok: Ok, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "METHODS", ("magnitude",))
-    monkeypatch.setattr(demo, "PATTERNS", ("2:4",))
+    run = PruneConfig(method="magnitude", pattern="2:4")
+    monkeypatch.setattr(demo, "RUNS", [run])
+    monkeypatch.setattr(demo, "PROVED", run)
     facts = strict_json(ok("demo", "--json"))
     assert [(row["method"], row["pattern"]) for row in facts["rows"]] == [("dense", ""), ("magnitude", "2:4")]
 

@@ -108,7 +108,7 @@ def test_with_fixed_prices_gates_end_where_loss_and_price_balance() -> None:
     assert torch.equal(game.duals["heads"], price) and (price > 0).all()
     scaled = c["heads"] / c["heads"].mean()
     balance = scaled / (scaled + 2 * price[:, None])
-    free = game.gates["heads"] == 1  # without a price
+    free = game.gates["heads"] >= 1 - 1e-5  # without a price
     assert (free.sum(1) <= 1).all()
     torch.testing.assert_close(game.gates["heads"], torch.where(free, 1.0, balance), rtol=1e-4, atol=1e-5)
 
@@ -122,10 +122,10 @@ def test_a_priced_gate_without_gradient_shrinks_by_the_proximal_factor() -> None
         game.advance_({"heads": torch.zeros(2, 16)}, lambda shares: {})
     mean = 40 / 16
     for row in game.gates["heads"].tolist():
-        assert sum(value == 1 for value in row) <= 1
+        assert sum(value > 1 for value in row) <= 1  # begins above 1, and stays without a price
         for value, curvature in zip(row, [1.0] * 15 + [25.0], strict=True):
             eta = 0.1 * min(1.0, 5 * mean / curvature)
-            assert value == 1 or value == pytest.approx((1 + 2 * eta * price) ** -60, rel=1e-4)
+            assert value > 1 or value == pytest.approx((1 + 2 * eta * price) ** -60, rel=1e-4)
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.3])

@@ -23,12 +23,14 @@ RATE = 0.1
 LARGEST_STEP = 0.1
 PROBE = 0.05
 PROBES = 4
+TIE = 1e-4
+"""How far the gates begin above 1, by their curvature: at first all are alike, and one that happens to be left out of
+the pricing would stay for that alone."""
 PRICE = {"from_above": 0.2, "paper": 1e-3}
 PRICE_RATE = 0.05
 WIDTH_RATE = 0.02
 SORT, RAMP, CHOOSE = 0.1, 0.7, 0.8
-"""Shares of the steps: until SORT all units are priced (one left out at the start would stay for that alone); until
-RAMP ever fewer; at CHOOSE the set is fixed."""
+"""Shares of the steps: until SORT all but one unit are priced; until RAMP ever fewer; at CHOOSE the set is fixed."""
 
 Gradient = Callable[[Mapping[str, Tensor]], tuple[float, dict[str, Tensor]]]
 """Loss and its gradient at given gates."""
@@ -113,6 +115,8 @@ class Minimax:
                     "calibration text, or use a one-shot score (stade, obs)"
                 )
             each = (sums[kind] / probes).clamp(min=1e-12)
+            if self.keeps[kind] < each.shape[1]:
+                self.gates[kind] += TIE * each / each.max()
             self.rates[kind] = RATE * (5 * scale / each).clamp(max=1.0)
             self.duals[kind] = torch.full(self.gates[kind].shape[:1], PRICE[self.schedule], device=each.device)
             self.removed[kind] = 0.0
@@ -124,9 +128,9 @@ class Minimax:
             return math.ceil(units * self.removed[kind] - 1e-6)
         target, time = units - self.keeps[kind], self.step / self.steps
         if time < SORT:
-            return units if target else 0
+            return units - 1 if target else 0
         fall = min((time - SORT) / (RAMP - SORT), 1.0)
-        return round(units + fall * (target - units)) if target else 0
+        return round(units - 1 + fall * (target - units + 1)) if target else 0
 
     def advance_(self, gradient: Mapping[str, Tensor], project: Project) -> None:
         """One step of the gates, and before the set is fixed, of the duals and the widths."""
