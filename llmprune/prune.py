@@ -21,7 +21,7 @@ from llmprune.calibration import Calibration, check_vocabulary, load_windows, wi
 from llmprune.checkpoint import save_checkpoint
 from llmprune.collectives import from_rank_zero, gathered, gathered_objects, world
 from llmprune.config import PruneConfig, check_device
-from llmprune.criteria import Pruned
+from llmprune.criteria import Criterion, Pruned
 from llmprune.errors import InputError
 from llmprune.loading import check_finite, load_model, load_tokenizer
 from llmprune.planning import Plan, make_plan
@@ -129,10 +129,8 @@ def _prune_planned(
     windows = calibration.windows if calibration is not None else None
     if plan.structure is not None and windows is not None:
         batch_size = windows_per_pass(model, windows, config.batch_size, device)
-        task = Task(model, plan.blocks, plan.structure, windows, batch_size, device, config.seed, config.learning,
-                    state, resume)  # fmt: skip
-        criterion.prepare(task)
-        report.curves = [dict(row) for row in task.curves]
+        report.curves = _prepared(criterion, Task(model, plan.blocks, plan.structure, windows, batch_size, device,
+                                                  config.seed, config.learning, state, resume))  # fmt: skip
     with tqdm(total=len(plan.blocks), desc=criterion.name, disable=world()[0] > 0 or None, leave=False) as bar:
         outcome: list[SiteReport] = []
 
@@ -156,6 +154,12 @@ def _prune_planned(
     report.seconds = _seconds(report, time.perf_counter() - start)
     report.peak_memory = peak_memory()
     return report
+
+
+def _prepared(criterion: Criterion, task: Task) -> list[dict[str, Any]]:
+    """Let the method look at the whole model; returns the curves of what it has learned."""
+    criterion.prepare(task)
+    return [dict(row) for row in task.curves]
 
 
 @torch.no_grad()
