@@ -89,10 +89,14 @@ class Criterion(ABC):
         bias_shift = (W_dense - W_new) mean(x), from the dense weights (arXiv 2503.22451), or the target's mean.
         """
         keep = pattern.keep(self.score(site), self.group)
-        weight = site.goal.masked_fill(~keep, 0.0)
+        weight = self.survivors(site).masked_fill(~keep, 0.0)
         if not self.compensates(site):
             return Pruned(weight, keep, note="no bias to move" if self.wants_bias(site) else "")
         return Pruned(weight, keep, site.bias_shift(weight))
+
+    def survivors(self, site: Site) -> Tensor:
+        """[out, in] float32: what a weight is if it survives, unless it is solved for."""
+        return site.goal
 
     @property
     def moves_bias(self) -> bool:

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 
 from torch import Tensor
 
-from llmprune.criteria.base import Criterion, Pruned
+from llmprune.criteria.base import Criterion
 from llmprune.errors import InputError
 from llmprune.patterns import Columns, Pattern, Uniform
 from llmprune.sites import Site
@@ -59,13 +59,9 @@ class MaskPrune(Criterion):
         """[out, in], the same for all weights of a unit."""
         return self._columns(site).abs().expand(site.shape)
 
-    def prune(self, site: Site, pattern: Pattern) -> Pruned:
-        """As every method, on weights with the gates folded in."""
-        keep = pattern.keep(self.score(site), self.group)
-        weight = (site.goal * self._columns(site)).masked_fill(~keep, 0.0)
-        if not self.compensates(site):
-            return Pruned(weight, keep, note="no bias to move" if self.wants_bias(site) else "")
-        return Pruned(weight, keep, site.bias_shift(weight))
+    def survivors(self, site: Site) -> Tensor:
+        """The gates are folded in."""
+        return site.goal * self._columns(site)
 
     def _columns(self, site: Site) -> Tensor:
         """[in], the gate of every column."""
