@@ -13,12 +13,14 @@ import csv
 import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from llmprune_eval import evaluate
-from make_results import RESULTS, SHARED, TASKS, Task, commands, evaluation_windows, located
+from make_results import RESULTS, SHARED, Task, commands, evaluation_windows, located
+from make_results import TASKS as WHOLE
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -27,6 +29,8 @@ from llmprune.loading import load_model, load_tokenizer
 from llmprune.report import versions
 from llmprune.structured.task import LearningOptions
 
+TASKS = [replace(task, scored=task.scored or 200, divergence=True) for task in WHOLE]
+"""Every row is compared with the dense model, so that a long text is scored in part."""
 SPARSITIES = ("0.2", "0.35", "0.5")
 SCORES = ("random", "magnitude", "wanda", "stade", "taylor", "obs", "maskprune")
 ADAPTERS = LearningOptions(ce=0.1, hidden=0.1, lora_rank=8)
@@ -47,15 +51,15 @@ FIELDS = (
 TURNS, PROMPT, NEW = 5, 256, 32
 
 
-def run(task: Task, wanted: list[str], sparsities: list[str]) -> list[dict[str, Any]]:
-    """All rows of one model."""
+def run(task: Task, wanted: list[str], sparsities: list[str]) -> Iterator[dict[str, Any]]:
+    """All rows of one model, each as soon as it is there."""
     folder = str(SHARED / "models" / task.model)
     windows, tokenizer, dense = evaluation_windows(task), load_tokenizer(folder), load_model(folder)
     base = evaluate(dense, windows)
     common = {"model": task.model, "dense_perplexity": base.perplexity, "windows": base.windows, "tokens": base.tokens,
               "dense_parameters": sum(p.numel() for p in dense.parameters()),
               "versions": " ".join(f"{k}={v}" for k, v in versions().items())}  # fmt: skip
-    rows = [{**common, "method": "dense", "perplexity": base.perplexity, "parameters": common["dense_parameters"]}]
+    yield {**common, "method": "dense", "perplexity": base.perplexity, "parameters": common["dense_parameters"]}
     for sparsity, name in itertools.product(sparsities, wanted):
         config = PruneConfig(
             dataset=located(task.calibration),
@@ -70,11 +74,10 @@ def run(task: Task, wanted: list[str], sparsities: list[str]) -> list[dict[str, 
         result = prune(load_model(folder), config, tokenizer=tokenizer)
         seconds = time.perf_counter() - start
         scores = evaluate(result.model, windows, against=dense)
-        rows.append({**common, **scores.as_dict(), **_facts(result, dense, windows), "method": name,
-                     "dense_perplexity": base.perplexity, "sparsity": sparsity, "prune_seconds": seconds,
-                     **_commands(task, ROWS[name], sparsity)})  # fmt: skip
+        yield {**common, **scores.as_dict(), **_facts(result, dense, windows), "method": name,
+               "dense_perplexity": base.perplexity, "sparsity": sparsity, "prune_seconds": seconds,
+               **_commands(task, ROWS[name], sparsity)}  # fmt: skip
         print(f"{task.model:22} {name:28} {sparsity:4} {scores.perplexity:10.3f} {seconds:7.1f} s", flush=True)
-    return rows
 
 
 def _facts(result: Any, dense: PreTrainedModel, windows: Tensor) -> dict[str, Any]:
@@ -140,12 +143,16 @@ def merged(new: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [found[place] for place in sorted(found)]
 
 
-def write(rows: list[dict[str, Any]]) -> None:
-    """structured.csv, structured.md and structured.png."""
+def save(rows: list[dict[str, Any]]) -> None:
+    """structured.csv."""
     with (RESULTS / "structured.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, FIELDS, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
+
+
+def draw(rows: list[dict[str, Any]]) -> None:
+    """structured.md and structured.png."""
     lines = ["# Smaller widths", "",
              "Made by `python eval/structured_results.py`. Every row's two commands, the hash of its calibration",
              "tokens, its widths, file size and measured speeds stand in `structured.csv`. Perplexity (KL to dense in",
@@ -223,7 +230,9 @@ def main() -> None:
     torch.manual_seed(0)
     for task in TASKS:
         if not chosen.model or task.model in chosen.model:
-            write(merged(run(task, chosen.row or list(ROWS), chosen.sparsity or list(SPARSITIES))))
+            for row in run(task, chosen.row or list(ROWS), chosen.sparsity or list(SPARSITIES)):
+                save(merged([row]))
+    draw(merged([]))
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ PROBES = 4
 TIE = 1e-4
 """How far the gates begin above 1, by their curvature: at first all are alike, and one that happens to be left out of
 the pricing would stay for that alone."""
-PRICE = {"from_above": 0.2, "paper": 1e-3}
-PRICE_RATE = 0.05
+PRICE = {"from_above": 1.0, "paper": 1e-3}
+PRICE_RATE = {"from_above": 1.0, "paper": 0.05}
 WIDTH_RATE = 0.02
 SORT, RAMP, CHOOSE = 0.1, 0.7, 0.8
 """Shares of the steps: until SORT all but one unit are priced; until RAMP ever fewer; at CHOOSE the set is fixed."""
@@ -160,7 +160,7 @@ class Minimax:
         shrunk = gates.gather(1, chosen) / (1 + 2 * self.rates[kind].gather(1, chosen) * duals[:, None])
         gates.scatter_(1, chosen, shrunk)
         if self.schedule == "paper" or self.step >= SORT * self.steps:
-            duals += PRICE_RATE * shrunk.square().mean(1)
+            duals += PRICE_RATE[self.schedule] * shrunk.square().mean(1)
 
     def _widen_(self, kind: str, count: int) -> None:
         """Raise the share that goes while the budget's price exceeds that of one unit more."""
