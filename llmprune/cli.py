@@ -12,7 +12,7 @@ import typer
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers.utils import logging as transformers_logging
 
-from llmprune.errors import InputError
+from llmprune.errors import InputError, memory_ran_out
 from llmprune.launch import all_ranks
 from llmprune.options import Batch, Debug, Device, Dtype, Json, Length, Model, Remote
 from llmprune.prune_command import prune_command
@@ -23,6 +23,10 @@ UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 INTERRUPTED = 130
 """The exit code of what Ctrl-C has ended: 128 and the number of the signal."""
+
+LESS_MEMORY = (
+    "try --batch-size 1, a smaller --max-seq-length or --dtype bfloat16; where masks are learned, also --checkpointing"
+)
 
 app = typer.Typer(
     name="llmprune",
@@ -48,9 +52,13 @@ def main() -> None:
         _fail(f"{describe()} (see --help)", debug)
     except InputError as error:
         _fail(str(error), debug)
+    except (MemoryError, RuntimeError) as error:
+        if not memory_ran_out(error):
+            raise
+        _fail(f"no memory is left ({str(error).partition('. ')[0][:120]}): {LESS_MEMORY}", debug)
     except (KeyboardInterrupt, typer.Abort):
         if is_first():
-            typer.echo("llmprune: interrupted; nothing was written", err=True)
+            typer.echo("llmprune: interrupted; no output was written", err=True)
         sys.exit(INTERRUPTED)
 
 

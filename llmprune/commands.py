@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from pathlib import Path
@@ -27,6 +28,8 @@ from llmprune.prune import prune, resolve_device
 from llmprune.ready_windows import read_npy
 from llmprune.report import versions
 
+log = logging.getLogger(__name__)
+
 
 def run_prune(model: str, output: Path, config: PruneConfig, overwrite: bool, resume: bool, as_json: bool) -> str:
     """Prune, save on rank 0, and report."""
@@ -38,7 +41,12 @@ def run_prune(model: str, output: Path, config: PruneConfig, overwrite: bool, re
         )
     check_dataset(config.dataset)
     state = output.with_name(f".{output.name}.learning.safetensors")
-    result = prune(model, config, state=state, resume=resume)
+    try:
+        result = prune(model, config, state=state, resume=resume)
+    except KeyboardInterrupt:
+        if state.is_file():
+            log.warning("%s holds what was learned so far: the same command with --resume goes on from there", state)
+        raise
     if world()[0] == 0:
         result.save(output, overwrite=overwrite)
         state.unlink(missing_ok=True)

@@ -305,3 +305,32 @@ def test_weights_without_a_place_are_named(dense: Path, text: Path, cli: Cli, ca
     (dense / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
     assert cli("inspect", dense)[0] == 0
     assert re.search(r"no place for 9 of its weights \(model.layers.2", caplog.text)
+
+
+def no_room_on_the_cpu(*_: object, **__: object) -> None:
+    torch.empty(2**60)
+
+
+def no_room_on_a_gpu(*_: object, **__: object) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has none.")
+
+
+@pytest.mark.parametrize("fail", [no_room_on_the_cpu, no_room_on_a_gpu])
+def test_no_memory_is_left(
+    fail: Callable[..., None], dense: Path, text: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmprune.structured.learning.gradients", fail)
+    line = refused("prune", dense, "-o", "out", "--method", "maskprune", "--sparsity", 0.3, "--dataset", text,
+                   "--nsamples", 9)  # fmt: skip
+    assert "no memory is left" in line and "--checkpointing" in line
+
+
+def test_other_trouble_is_not_taken_for_memory(
+    dense: Path, text: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr("llmprune.commands.prune", fail)
+    with pytest.raises(RuntimeError, match="a defect"):
+        cli("prune", dense, "-o", "out", "--method", "magnitude", "--dataset", text)

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from llmprune import InputError, PruneConfig, PruneResult, checkpoint, prune
 
 Refused = Callable[..., str]
-INTERRUPTED = "llmprune: interrupted; nothing was written\n"
+INTERRUPTED = "llmprune: interrupted; no output was written\n"
 PATIENCE = 120.0
 
 
@@ -232,3 +232,17 @@ def test_ctrl_c_while_saving(run: list[str], good: Path, tmp_path: Path) -> None
     assert out == ""
     assert "".join(line for line in err.splitlines(True) if not line.startswith("model.layers.")) == INTERRUPTED
     assert tree(tmp_path) == before
+
+
+def test_ctrl_c_while_learning_masks_loses_nothing(run: list[str], tmp_path: Path, ok: Callable[..., str]) -> None:
+    command = [*run, "-o", str(tmp_path / "out"), "--method", "maskprune", "--sparsity", "0.3"]
+    state = tmp_path / ".out.learning.safetensors"
+    process = start(*command, "--steps", 4000, "--passes", 4000)
+    _, err = interrupt(process, state.exists)
+    assert process.returncode == 130
+    assert err.endswith(INTERRUPTED) and f"{state} holds what was learned so far" in err
+    assert not (tmp_path / "out").exists()
+    refused_again = start(*command, "--steps", 20, "--resume").communicate(timeout=PATIENCE)
+    assert "other settings" in refused_again[1] and state.exists()
+    ok(*command, "--steps", 20, "--passes", 20)
+    assert (tmp_path / "out" / "model.safetensors").exists() and not state.exists()
