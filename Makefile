@@ -31,7 +31,8 @@ lint: $(READY) ## ruff: rules and format
 type: $(READY) ## mypy --strict
 	$(BIN)/mypy
 
-bench: $(READY) ## time pruning against a plain dense forward pass (about 30 minutes)
+bench: $(READY) ## time smaller widths, and pruning itself, against the dense model (about 35 minutes)
+	$(BIN)/python eval/bench_smaller.py
 	$(BIN)/python eval/bench_prune.py
 
 results: $(READY) ## prune and score the models of ../shared by every method (about an hour)
