@@ -23,14 +23,13 @@ RATE = 0.1
 LARGEST_STEP = 0.1
 PROBE = 0.05
 PROBES = 4
-TIE = 1e-4
-"""How far the gates begin above 1, by their curvature: at first all are alike, and one that happens to be left out of
-the pricing would stay for that alone."""
 PRICE = {"from_above": 1.0, "paper": 1e-3}
-PRICE_RATE = {"from_above": 1.0, "paper": 0.05}
+PRICE_RATE = {"from_above": 400.0, "paper": 20.0}
+"""First duals, and how far they rise over a whole run with priced gates at 1; both in units of the curvature. Too low,
+and units still carry weight when the set is fixed."""
 WIDTH_RATE = 0.02
 SORT, RAMP, CHOOSE = 0.1, 0.7, 0.8
-"""Shares of the steps: until SORT all but one unit are priced; until RAMP ever fewer; at CHOOSE the set is fixed."""
+"""Shares of the steps: until SORT all units are priced; until RAMP ever fewer; at CHOOSE the set is fixed."""
 
 Gradient = Callable[[Mapping[str, Tensor]], tuple[float, dict[str, Tensor]]]
 """Loss and its gradient at given gates."""
@@ -115,22 +114,20 @@ class Minimax:
                     "calibration text, or use a one-shot score (stade, obs)"
                 )
             each = (sums[kind] / probes).clamp(min=1e-12)
-            if self.keeps[kind] < each.shape[1]:
-                self.gates[kind] += TIE * each / each.max()
             self.rates[kind] = RATE * (5 * scale / each).clamp(max=1.0)
             self.duals[kind] = torch.full(self.gates[kind].shape[:1], PRICE[self.schedule], device=each.device)
             self.removed[kind] = 0.0
 
-    def bottom(self, kind: str) -> int:
-        """How many units of a kind are priced in every block at this step."""
+    def bottom(self, kind: str) -> float:
+        """How many units of a kind are priced in every block at this step, the last of them in part.
+
+        Where a block has few units, releasing one at a stroke would settle which it is by the noise of that moment.
+        """
         units = self.gates[kind].shape[1]
         if self.schedule == "paper":
             return math.ceil(units * self.removed[kind] - 1e-6)
-        target, time = units - self.keeps[kind], self.step / self.steps
-        if time < SORT:
-            return units - 1 if target else 0
-        fall = min((time - SORT) / (RAMP - SORT), 1.0)
-        return round(units - 1 + fall * (target - units + 1)) if target else 0
+        fall = min(max((self.step / self.steps - SORT) / (RAMP - SORT), 0.0), 1.0)
+        return units - fall * self.keeps[kind] if self.keeps[kind] < units else 0
 
     def advance_(self, gradient: Mapping[str, Tensor], project: Project) -> None:
         """One step of the gates, and before the set is fixed, of the duals and the widths."""
@@ -156,19 +153,20 @@ class Minimax:
             self._widen_(kind, count)
         if count == 0:
             return
-        chosen = gates.square().topk(count, dim=1, largest=False).indices
-        shrunk = gates.gather(1, chosen) / (1 + 2 * self.rates[kind].gather(1, chosen) * duals[:, None])
-        gates.scatter_(1, chosen, shrunk)
+        ranks = torch.arange(gates.shape[1], dtype=gates.dtype, device=gates.device)
+        share = (count - ranks).clamp(0, 1).expand_as(gates)  # of the price, from the smallest gate on
+        priced = torch.empty_like(gates).scatter_(1, gates.square().argsort(dim=1, stable=True), share)
+        gates /= 1 + 2 * self.rates[kind] * duals[:, None] * priced
         if self.schedule == "paper" or self.step >= SORT * self.steps:
-            duals += PRICE_RATE[self.schedule] * shrunk.square().mean(1)
+            duals += PRICE_RATE[self.schedule] / self.steps * (priced * gates.square()).sum(1) / count
 
-    def _widen_(self, kind: str, count: int) -> None:
+    def _widen_(self, kind: str, count: float) -> None:
         """Raise the share that goes while the budget's price exceeds that of one unit more."""
         units = self.gates[kind].shape[1]
         shares = self._shares()
         unit = sum(self.curvature[k] / shares[k] for k in shares) / len(shares)
         ordered = self.gates[kind].square().sort(1).values
-        cost = (self.duals[kind] * ordered[:, min(count, units - 1)]).mean().item()
+        cost = (self.duals[kind] * ordered[:, min(int(count), units - 1)]).mean().item()
         gain = self.multiplier - self.curvature[kind] * cost / (shares[kind] * unit)
         self.removed[kind] = min(max(self.removed[kind] + WIDTH_RATE * min(max(gain, -1.0), 1.0), 0.0), 1 - 1 / units)
 
@@ -179,7 +177,9 @@ class Minimax:
 
     def widths(self) -> dict[str, int]:
         """Units of each kind that are not priced at this step; once the set is fixed, those in it."""
-        return self.keeps if self.kept else {kind: g.shape[1] - self.bottom(kind) for kind, g in self.gates.items()}
+        if self.kept:
+            return self.keeps
+        return {kind: gates.shape[1] - math.ceil(self.bottom(kind)) for kind, gates in self.gates.items()}
 
     def kept_share(self) -> float:
         """Share of the units' parameters that these hold."""
@@ -190,10 +190,9 @@ class Minimax:
         """Fix the set: the largest gates of every block, as many as the budget allows."""
         if self.schedule == "paper":
             self.keeps = project({kind: 1 - share for kind, share in self.removed.items()})
-        for kind, gates in self.gates.items():
-            chosen = gates.abs().topk(self.keeps[kind], dim=1).indices
-            self.kept[kind] = torch.zeros_like(gates, dtype=torch.bool).scatter_(1, chosen, True)
-            gates *= self.kept[kind]
+        for kind, gone in self.pruned_set().items():
+            self.kept[kind] = ~gone
+            self.gates[kind] *= ~gone
 
     def pruned_set(self) -> dict[str, Tensor]:
         """bool [blocks, units] by kind: the smallest gates, as many as are to go in the end."""
