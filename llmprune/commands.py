@@ -40,6 +40,7 @@ def run_prune(model: str, output: Path, config: PruneConfig, overwrite: bool, re
             f"method {config.method} needs calibration text: pass --dataset FILE, a Hub name such as c4, or 'self'"
         )
     check_dataset(config.dataset)
+    output = Path(os.path.abspath(output))  # "." has no name
     state = output.with_name(f".{output.name}.learning.safetensors")
     try:
         result = prune(model, config, state=state, resume=resume)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmprune.blocks import Block, Skipped, all_sites, survey
@@ -85,6 +86,12 @@ def make_plan(model: PreTrainedModel, config: PruneConfig) -> Plan:
             raise InputError(f"{site.name} is empty {site.shape}: leave it out with --ignore {site.name}")
     seqlen = window_length(model, config.max_seq_length)
     data = bool(recipe.needs) or config.dataset is not None
+    memory = _memory(model, blocks, config, seqlen, recipe, data)
+    learning = recipe.criterion.learning_passes(config.learning)
+    if learning:
+        memory["learning: activations and logits of a batch, beside all weights"] = _activations(
+            model, blocks, config, seqlen
+        )
     return Plan(
         sparsity=recipe.pattern.sparsity,
         blocks=blocks,
@@ -92,8 +99,8 @@ def make_plan(model: PreTrainedModel, config: PruneConfig) -> Plan:
         model_parameters=sum(p.numel() for p in model.parameters()),
         site_parameters=sum(site.shape[0] * site.shape[1] for site in sites),
         seqlen=seqlen,
-        passes=_passes(recipe, len(blocks)) if data else 0.0,
-        memory=_memory(model, blocks, config, seqlen, recipe, data),
+        passes=_passes(recipe, len(blocks)) + learning if data else 0.0,
+        memory=memory,
         structure=structure,
     )
 
@@ -101,6 +108,17 @@ def make_plan(model: PreTrainedModel, config: PruneConfig) -> Plan:
 def _passes(recipe: Recipe, blocks: int) -> float:
     """Of the last block nothing is wanted but its statistics, where that is a pass of its own."""
     return (1.0 if recipe.sequential == "site" else 2 - 1 / blocks) + (recipe.target == "dense")
+
+
+def _activations(model: PreTrainedModel, blocks: list[Block], config: PruneConfig, seqlen: int) -> int:
+    """Bytes: what enters and leaves every matrix, and the logits of both models with their float32 logarithms."""
+    item, tokens = next(model.parameters()).element_size(), config.batch_size * seqlen
+    embedding = model.get_input_embeddings().weight
+    assert isinstance(embedding, Tensor)
+    vocabulary, hidden_size = embedding.shape
+    inside = [sum(sum(p.shape) for p in block.module.parameters() if p.ndim == 2) for block in blocks]
+    width = len(blocks) * hidden_size + max(inside) if config.learning.checkpointing else sum(inside)
+    return tokens * (width * item + vocabulary * (2 * item + 16))
 
 
 def _memory(

@@ -12,7 +12,7 @@ from llmprune.patterns import NM, Pattern, Unstructured
 from llmprune.sites import Site
 
 if TYPE_CHECKING:
-    from llmprune.structured.task import Task
+    from llmprune.structured.task import LearningOptions, Task
 
 COMPENSATIONS = ("none", "bias", "least-squares")
 """Nothing; the mean of what is pruned moved into the bias; that, and the best weights on the support."""
@@ -78,6 +78,10 @@ class Criterion(ABC):
 
     def prepare(self, task: Task) -> None:  # noqa: B027 - a hook that most methods leave alone
         """Look at the whole model before the walk; only under a uniform pattern."""
+
+    def learning_passes(self, options: LearningOptions) -> float:
+        """Forward passes over the calibration windows that `prepare` costs; a backward pass counts as two."""
+        return 0.0
 
     @abstractmethod
     def score(self, site: Site) -> Tensor:

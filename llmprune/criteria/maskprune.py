@@ -14,7 +14,7 @@ from llmprune.structured.adapters import Adapters
 from llmprune.structured.distillation import Distillation
 from llmprune.structured.gates import Gates, checkpointed, frozen
 from llmprune.structured.learning import learn_gates
-from llmprune.structured.task import Task
+from llmprune.structured.task import LearningOptions, Task
 
 
 class MaskPrune(Criterion):
@@ -54,6 +54,10 @@ class MaskPrune(Criterion):
         if game.keeps != gates.keeps:
             task.structure.widen_(task.structure.fit({k: 1 - share for k, share in game.removed.items()}), task.blocks)
         self._gates = gates
+
+    def learning_passes(self, options: LearningOptions) -> float:
+        """Dense and gated forward and back, as often as a window is seen."""
+        return 4.0 * options.passes
 
     def score(self, site: Site) -> Tensor:
         """[out, in], the same for all weights of a unit."""

@@ -10,7 +10,7 @@ from llmprune.patterns import Columns, Pattern, Uniform
 from llmprune.sites import Site
 from llmprune.structured.distillation import Distillation
 from llmprune.structured.gates import Gates, frozen, gradients
-from llmprune.structured.task import Task
+from llmprune.structured.task import LearningOptions, Task
 
 
 class Taylor(Criterion):
@@ -48,6 +48,10 @@ class Taylor(Criterion):
                 for path, gradient in gradients(gates, loss, window, 1)[1].items():
                     scores.values[path] += gradient.square() / len(task.windows)
         self._scores = scores
+
+    def learning_passes(self, options: LearningOptions) -> float:
+        """Forward and back."""
+        return 3.0
 
     def score(self, site: Site) -> Tensor:
         """[out, in], the same for all weights of a unit."""

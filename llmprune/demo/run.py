@@ -29,7 +29,7 @@ RUNS = [
     *[PruneConfig(method=method) for method in METHODS],
     *[PruneConfig(method=method, pattern="2:4") for method in METHODS],
     *[
-        PruneConfig(method=method, pattern="uniform", sparsity=0.25, learning=LearningOptions(steps=200, passes=10))
+        PruneConfig(method=method, pattern="uniform", sparsity=0.25, learning=LearningOptions(steps=200, passes=20))
         for method in UNIT_METHODS
     ],
 ]

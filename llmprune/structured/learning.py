@@ -27,6 +27,7 @@ from llmprune.structured.task import Task
 
 log = logging.getLogger(__name__)
 
+OVERFLOWS = "(NaN or infinity): the model overflows in its dtype; try --dtype float32"
 SHOWN = 100
 """Rows of the curves, and times that the state is saved, in a run."""
 
@@ -57,11 +58,10 @@ def learn_gates(task: Task, gates: Gates, loss: Loss, adapters: Adapters | None 
             value, gradient, further = gradients(
                 gates, loss, step_windows(task, number), task.batch_size, adapters.parameters if adapters else ()
             )
-            if not math.isfinite(value) or not all(bool(torch.isfinite(g).all()) for g in gradient.values()):
+            if not _is_finite(value, gradient):
                 _save(game, task, adapters)
                 raise InputError(
-                    f"the loss of step {number + 1} is not finite (NaN or infinity): the model overflows in its dtype; "
-                    "try --dtype float32; --resume goes on from the step before"
+                    f"the loss of step {number + 1} is not finite {OVERFLOWS}; --resume goes on from the step before"
                 )
             game.advance_(gradient, lambda shares: task.structure.fit(shares).kept)
             if adapters is not None:
@@ -87,7 +87,14 @@ def _new_game(task: Task, gates: Gates) -> Minimax:
 def _gradient(task: Task, gates: Gates, loss: Loss, values: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
     """The gradient at given gates on the windows of a step."""
     gates.values = dict(values)
-    return gradients(gates, loss, step_windows(task, number), task.batch_size)[1]
+    value, gradient, _ = gradients(gates, loss, step_windows(task, number), task.batch_size)
+    if not _is_finite(value, gradient):
+        raise InputError(f"the loss of the model as it is is not finite {OVERFLOWS}")
+    return gradient
+
+
+def _is_finite(value: float, gradient: Mapping[str, Tensor]) -> bool:
+    return math.isfinite(value) and all(bool(torch.isfinite(part).all()) for part in gradient.values())
 
 
 def step_windows(task: Task, number: int) -> Tensor:

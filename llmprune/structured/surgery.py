@@ -77,10 +77,15 @@ def _cut_state(model: PreTrainedModel, layout: Layout, units: Sequence[Mapping[s
 
 
 def _prove_same(model: PreTrainedModel, smaller: PreTrainedModel) -> None:
-    """Raise RuntimeError unless both models give the same logits."""
+    """Raise RuntimeError unless both models give the same logits, InputError where these are not finite."""
     tokens = (torch.arange(PROOF_TOKENS, device=model.device) * 7919 % model.config.get_text_config().vocab_size)[None]
     with evaluating(model), evaluating(smaller):
         masked, cut = (m(input_ids=tokens, use_cache=False).logits.float() for m in (model, smaller))
+    if not bool(torch.isfinite(masked).all()):
+        raise InputError(
+            "the pruned model's logits are not finite (NaN or infinity): the model overflows in its dtype; try "
+            "--dtype float32"
+        )
     difference = ((masked - cut).norm() / masked.norm().clamp(min=1e-12)).item()
     if not difference <= (1e-4 if model.dtype == torch.float32 else 5e-2):  # half precision rounds other sums
         raise RuntimeError(

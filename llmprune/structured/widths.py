@@ -69,7 +69,12 @@ def choose_widths(
         if not options[kind.site]:
             fixed[kind.site] = f"the config of {type(model).__name__} cannot say that there are fewer {kind.label}"
         elif kind.columns == 1:
-            options[kind.site] = [c for c in options[kind.site] if c % round_channels == 0] or [kind.units]
+            options[kind.site] = [count for count in options[kind.site] if count % round_channels == 0]
+            if not options[kind.site]:
+                raise InputError(
+                    f"no multiple of round_channels {round_channels} is below the {kind.units} {kind.label} of "
+                    f"{kind.site}: give a smaller number"
+                )
     free = [kind for kind in layout.kinds if kind.site not in fixed]
     parameters = sum(p.numel() for p in find_blocks(model)[0][1].parameters())
     if not free:
