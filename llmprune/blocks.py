@@ -21,6 +21,7 @@ from llmprune.sites import Site
 from llmprune.unprunable import find_routers, is_matrix, why_not
 
 IGNORED = "ignored as asked"
+UNTARGETED = "not among the targets"
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -140,7 +141,7 @@ def _place(
     if reason is None and ignored:
         reason = IGNORED
     elif reason is None and not targeted:
-        reason = "not among the targets"
+        reason = UNTARGETED
     if reason is not None:
         block.skipped.append(Skipped(name, reason, parameter.numel()))
         return

@@ -55,11 +55,10 @@ def report_text(report: Report, output: Path) -> str:
          f"{sum(b.seconds.values()):.1f}")
         for b in report.blocks
     ]  # fmt: skip
+    share = "columns cut" if report.widths else "sparsity"  # of the output projections, not of all that goes with them
     method = f"{report.config['method']}, {report.pattern}; weights compete within a {report.group}"
     lines = [
-        table(
-            method + _axes(report.config), ("block", "sites", "sparsity", "site error", "block error", "seconds"), rows
-        ),
+        table(method + _axes(report.config), ("block", "sites", share, "site error", "block error", "seconds"), rows),
         "",
     ]
     seconds = ", ".join(f"{phase} {value:.1f}" for phase, value in report.seconds.items())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -237,3 +238,12 @@ def test_the_demo_speaks_json(ok: Ok, monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_several_patterns_may_follow_one_option(given: str, wanted: str) -> None:
     assert spread(given.split()) == wanted.split()
+
+
+def test_the_folder_one_stands_in_is_replaced(
+    dense: Path, tmp_path: Path, ok: Ok, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(dense, tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    ok("prune", dense, "-o", ".", "--overwrite", "--method", "magnitude")
+    assert (tmp_path / "here" / "llmprune.json").is_file()

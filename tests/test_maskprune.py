@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from llmprune import InputError, PruneConfig, PruneResult, prune
 from llmprune.config import LearningOptions
+from llmprune.planning import make_plan
 from llmprune.structured import learning
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -237,3 +238,28 @@ def test_flags_and_hooks_are_put_back(resting: list[int], windows: Tensor) -> No
     before = [p.requires_grad for p in model.parameters()], restored_state(model)
     learned(model, windows, checkpointing=True)
     assert ([p.requires_grad for p in model.parameters()], restored_state(model)) == before
+
+
+@pytest.mark.parametrize("failure", [not_a_number, infinite_gradient])
+def test_a_model_that_overflows_from_the_start_is_named_as_such(
+    failure: Failure, windows: Tensor, calls: dict[str, Any]
+) -> None:
+    calls.update(until=0, failure=failure)
+    with pytest.raises(InputError, match=r"as it is is not finite .*--dtype float32"):
+        learned(make_llama(), windows)
+
+
+def test_the_estimate_counts_what_learning_costs() -> None:
+    plans = {
+        passes: make_plan(
+            make_llama(), PruneConfig(method="maskprune", learning=LearningOptions(passes=passes), dataset="x.txt")
+        )
+        for passes in (10, 40)
+    }
+    assert plans[40].passes - plans[10].passes == pytest.approx(4 * 30)
+    needed = [size for what, size in plans[40].memory.items() if what.startswith("learning")]
+    assert len(needed) == 1 and needed[0] > 0
+    saving = PruneConfig(method="maskprune", learning=LearningOptions(checkpointing=True), dataset="x.txt")
+    assert sum(make_plan(make_llama(), saving).memory.values()) < sum(plans[40].memory.values())
+    one_shot = make_plan(make_llama(), PruneConfig(method="wanda", pattern="uniform", dataset="x.txt"))
+    assert one_shot.passes < 3 and not [what for what in one_shot.memory if what.startswith("learning")]

@@ -122,7 +122,7 @@ def test_an_ignored_projection_keeps_its_units(ignored: str, site: str, stays: s
     result = cut(make_llama(), 0.1, ignore=[ignored])
     assert kept(result).keys() == {stays}
     assert result.report.widths is not None
-    assert result.report.widths["fixed"] == {site: "ignored as asked"}
+    assert result.report.widths["fixed"] == {site: "left out as asked"}
     module = result.model.model.layers[1].get_submodule(site)
     assert module.weight.shape == make_llama().model.layers[1].get_submodule(site).weight.shape
 
@@ -171,3 +171,22 @@ def test_a_sparsity_that_cannot_be_met_changes_nothing(options: dict[str, object
 def test_everything_ignored_is_refused() -> None:
     with pytest.raises(InputError, match="cannot be cut"):
         cut(make_llama(), 0.1, targets=["q_proj"])
+
+
+@pytest.mark.parametrize("target", ["down_proj", "o_proj", "gate_proj"])
+def test_what_would_be_cut_with_a_target_must_be_one_too(target: str) -> None:
+    with pytest.raises(InputError, match=r"cannot be cut to smaller widths .*left out as asked"):
+        cut(make_llama(), 0.1, targets=[target])
+
+
+def test_targets_that_make_up_whole_units_are_cut() -> None:
+    result = cut(make_llama(), 0.1, targets=["mlp"])
+    assert [kind["units"] for kind in result.report.widths["kinds"]] == ["channels"]
+    assert not [s for s in result.report.skipped if "mlp" in s["name"] and s["reason"] == "not among the targets"]
+
+
+def test_a_rounding_that_leaves_no_width_is_refused() -> None:
+    with pytest.raises(
+        InputError, match=r"no multiple of round_channels 1000 is below the 68 channels of mlp\.down_proj"
+    ):
+        cut(make_llama(), 0.1, round_channels=1000)

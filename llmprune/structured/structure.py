@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmprune.biases import with_biases
-from llmprune.blocks import IGNORED, Block, Skipped, find_blocks
+from llmprune.blocks import IGNORED, UNTARGETED, Block, Skipped, find_blocks
 from llmprune.errors import InputError
 from llmprune.patterns import Columns
 from llmprune.sites import Site
@@ -129,7 +129,7 @@ def _is_wanted(kind: Kind, blocks: Sequence[Block]) -> bool:
 
 def _is_whole(kind: Kind, block: Block) -> bool:
     """True if its output projection is to be pruned, and nothing that would be cut with it is to be left alone."""
-    ignored = {skipped.name for skipped in block.skipped if skipped.reason == IGNORED}
+    ignored = {skipped.name for skipped in block.skipped if skipped.reason in (IGNORED, UNTARGETED)}
     touched = {f"{block.name}.{name}" for cut in kind.cuts for name in (cut.name, cut.name.rpartition(".")[0])}
     return kind.site in _projections(block) and not ignored & touched
 

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.configuration_utils import PretrainedConfig
 
-from llmprune.blocks import IGNORED, find_blocks
+from llmprune.blocks import find_blocks
 from llmprune.errors import InputError
 from llmprune.structured.layout import UNBUILDABLE, Kind, Layout, shallow_config
 
@@ -63,7 +63,7 @@ def choose_widths(
     options, fixed = {}, dict.fromkeys(layout.tied, "its inputs hang together")
     for kind in layout.kinds:
         if kind.site in ignored or (keep_heads and kind.columns > 1):
-            fixed[kind.site] = IGNORED if kind.site in ignored else "kept as asked"
+            fixed[kind.site] = "left out as asked" if kind.site in ignored else "kept as asked"
             continue
         options[kind.site] = _sayable(model, layout, kind)
         if not options[kind.site]:
