@@ -263,3 +263,41 @@ def test_the_estimate_counts_what_learning_costs() -> None:
     assert sum(make_plan(make_llama(), saving).memory.values()) < sum(plans[40].memory.values())
     one_shot = make_plan(make_llama(), PruneConfig(method="wanda", pattern="uniform", dataset="x.txt"))
     assert one_shot.passes < 3 and not [what for what in one_shot.memory if what.startswith("learning")]
+
+
+@pytest.mark.parametrize("options", [{}, {"lora_rank": 2}])
+def test_the_best_state_is_kept_not_the_last(
+    options: dict[str, int], windows: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a loss that is told to be least at the second look."""
+    seen: list[list[float]] = []
+    told = iter([3.0, 1.0, 2.0, 1.5, 4.0, 4.0, 4.0, 4.0])
+
+    def looked(gates: Any, *rest: Any) -> float:
+        seen.append(gates.values["mlp.down_proj"].flatten().tolist())
+        return next(told)
+
+    monkeypatch.setattr(learning, "mean_loss", looked)
+    game: list[Any] = []
+    real = learning.learn_gates
+    monkeypatch.setattr("llmprune.criteria.maskprune.learn_gates", lambda *a: game.append(real(*a)) or game[0])
+    learned(make_llama(), windows, **options)
+    assert game[0].gates["mlp.down_proj"].flatten().tolist() == seen[1] != seen[-1]
+
+
+def test_the_loss_that_decides_is_that_of_all_windows(windows: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In small batches as in one piece."""
+    found: list[tuple[float, float]] = []
+    real = learning.mean_loss
+
+    def looked(gates: Any, loss: Any, text: Tensor, batch_size: int) -> float:
+        value = real(gates, loss, text, batch_size)
+        with torch.no_grad(), gates.applied():
+            found.append((value, loss(windows).item()))
+        return value
+
+    monkeypatch.setattr(learning, "mean_loss", looked)
+    learned(make_llama(), windows)
+    for value, whole in found:
+        assert value == pytest.approx(whole, rel=1e-4) and value > 1e-4
+    assert len({value for value, _ in found}) > 3

@@ -13,7 +13,8 @@ from llmprune.sites import Site
 from llmprune.structured.adapters import Adapters
 from llmprune.structured.distillation import Distillation
 from llmprune.structured.gates import Gates, checkpointed, frozen
-from llmprune.structured.learning import learn_gates
+from llmprune.structured.learning import CHECKS, learn_gates
+from llmprune.structured.minimax import CHOOSE
 from llmprune.structured.task import LearningOptions, Task
 
 
@@ -56,8 +57,8 @@ class MaskPrune(Criterion):
         self._gates = gates
 
     def learning_passes(self, options: LearningOptions) -> float:
-        """Dense and gated forward and back, as often as a window is seen."""
-        return 4.0 * options.passes
+        """Dense forward, gated forward and back for every window seen; both forward where states are compared."""
+        return 4.0 * options.passes + 2 * CHECKS * (1 - CHOOSE)
 
     def score(self, site: Site) -> Tensor:
         """[out, in], the same for all weights of a unit."""

@@ -115,6 +115,18 @@ def gradients(
     return total.item(), sums, further
 
 
+@torch.no_grad()
+def mean_loss(gates: Gates, loss: Loss, windows: Tensor, batch_size: int) -> float:
+    """Mean loss over windows [n, seqlen], of all ranks together, at the gates as they are."""
+    rank, ranks = world()
+    own, total = windows[rank::ranks], torch.zeros(1, device=next(iter(gates.values.values())).device)
+    with gates.applied():
+        for batch in own.split(batch_size) if len(own) else ():
+            total += len(batch) / len(windows) * loss(batch)
+    summed_(total)
+    return total.item()
+
+
 @contextmanager
 def frozen(model: PreTrainedModel, device: torch.device | None) -> Iterator[torch.device]:
     """The whole model on one device, in evaluation mode, its weights without gradients; all is put back after."""

@@ -21,19 +21,22 @@ from tqdm import tqdm
 from llmprune.collectives import world
 from llmprune.errors import InputError
 from llmprune.structured.adapters import Adapters
-from llmprune.structured.gates import Gates, Loss, gradients
+from llmprune.structured.best import Best
+from llmprune.structured.gates import Gates, Loss, gradients, mean_loss
 from llmprune.structured.minimax import Minimax
 from llmprune.structured.task import Task
 
 log = logging.getLogger(__name__)
 
 OVERFLOWS = "(NaN or infinity): the model overflows in its dtype; try --dtype float32"
+CHECKS = 20
+"""Times in a run at which, once the set is fixed, the loss over all windows is taken: two forward passes each."""
 SHOWN = 100
 """Rows of the curves, and times that the state is saved, in a run."""
 
 
 def learn_gates(task: Task, gates: Gates, loss: Loss, adapters: Adapters | None = None) -> Minimax:
-    """Play the game to its end; `gates` hold the result, zero where a unit goes.
+    """Play the game to its end; `gates` hold the best state since the set was fixed, zero where a unit goes.
 
     Args:
         adapters: trained beside the gates.
@@ -41,10 +44,10 @@ def learn_gates(task: Task, gates: Gates, loss: Loss, adapters: Adapters | None 
     Raises:
         InputError: the loss is not finite, or a saved state belongs to another run.
     """
-    game = _new_game(task, gates)
+    game, best = _new_game(task, gates), Best()
     before: dict[str, Tensor] | None = None
     if task.resume and task.state is not None and task.state.is_file():
-        _load_(game, task, task.state, adapters)
+        _load_(game, task, task.state, adapters, best)
         before = game.pruned_set()
         log.info("goes on at step %d of %d", game.step, game.steps)
     else:
@@ -59,7 +62,7 @@ def learn_gates(task: Task, gates: Gates, loss: Loss, adapters: Adapters | None 
                 gates, loss, step_windows(task, number), task.batch_size, adapters.parameters if adapters else ()
             )
             if not _is_finite(value, gradient):
-                _save(game, task, adapters)
+                _save(game, task, adapters, best)
                 raise InputError(
                     f"the loss of step {number + 1} is not finite {OVERFLOWS}; --resume goes on from the step before"
                 )
@@ -67,13 +70,24 @@ def learn_gates(task: Task, gates: Gates, loss: Loss, adapters: Adapters | None 
             if adapters is not None:
                 adapters.step(further)
             bar.update()
+            if game.kept and (game.step % max(1, game.steps // CHECKS) == 0 or game.step == game.steps):
+                gates.values = game.gates
+                best.offer(mean_loss(gates, loss, task.windows, task.batch_size), _learned(game, adapters))
             if number % stride == 0 or game.step == game.steps:
                 row, before = _row(game, value, before)
                 task.curves.append(row)
                 bar.set_postfix(loss=f"{value:.4f}", budget=f"{row['kept_share']:.3f}", overlap=row["overlap"])
-                _save(game, task, adapters)
-    gates.values = game.gates
+                _save(game, task, adapters, best)
+    gates.values = game.gates = best.under("gates/")
+    if adapters is not None:
+        adapters.load_(best.under("adapters/"))
     return game
+
+
+def _learned(game: Minimax, adapters: Adapters | None) -> dict[str, Tensor]:
+    """What a run hands on."""
+    found = {f"gates/{kind}": value for kind, value in game.gates.items()}
+    return found | {f"adapters/{name}": value for name, value in (adapters.tensors() if adapters else {}).items()}
 
 
 def _new_game(task: Task, gates: Gates) -> Minimax:
@@ -139,15 +153,16 @@ def _identity(task: Task) -> str:
     return json.dumps(facts, sort_keys=True)
 
 
-def _save(game: Minimax, task: Task, adapters: Adapters | None) -> None:
+def _save(game: Minimax, task: Task, adapters: Adapters | None, best: Best) -> None:
     """Write the whole state beside the output, at once or not at all."""
     if task.state is None or world()[0] > 0:
         return
-    tensors = {f"{name}/{kind}": value.cpu().contiguous() for name in ("gates", "rates", "duals", "kept")
+    tensors = {f"{name}/{kind}": value for name in ("rates", "duals", "kept")
                for kind, value in getattr(game, name).items()}  # fmt: skip
+    tensors |= _learned(game, adapters) | {f"best/{name}": value for name, value in best.tensors.items()}
+    tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
     scalars = {name: getattr(game, name) for name in ("keeps", "curvature", "removed", "multiplier", "step")}
-    for name, value in adapters.tensors().items() if adapters is not None else ():
-        tensors[f"adapters/{name}"] = value.cpu().contiguous()
+    scalars["best"] = best.loss
     building = task.state.with_suffix(".building")
     task.state.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, building, metadata={"identity": _identity(task), "scalars": json.dumps(scalars),
@@ -155,7 +170,7 @@ def _save(game: Minimax, task: Task, adapters: Adapters | None) -> None:
     building.replace(task.state)
 
 
-def _load_(game: Minimax, task: Task, path: Path, adapters: Adapters | None) -> None:
+def _load_(game: Minimax, task: Task, path: Path, adapters: Adapters | None, best: Best) -> None:
     """Go back to a saved state.
 
     Raises:
@@ -174,6 +189,8 @@ def _load_(game: Minimax, task: Task, path: Path, adapters: Adapters | None) -> 
     for name in ("gates", "rates", "duals", "kept"):
         own = {key: value.to(place) for key, value in tensors.items() if key.startswith(f"{name}/")}
         setattr(game, name, {key.removeprefix(f"{name}/"): value for key, value in own.items()})
+    best.loss = scalars.pop("best")
+    best.tensors = {k.removeprefix("best/"): value.to(place) for k, value in tensors.items() if k.startswith("best/")}
     for name, value in scalars.items():
         setattr(game, name, value)
     task.curves[:] = curves
