@@ -301,3 +301,11 @@ def test_the_loss_that_decides_is_that_of_all_windows(windows: Tensor, monkeypat
     for value, whole in found:
         assert value == pytest.approx(whole, rel=1e-4) and value > 1e-4
     assert len({value for value, _ in found}) > 3
+
+
+def test_resuming_without_a_state_is_said(windows: Tensor, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = make_llama()
+    plain = learned(copy.deepcopy(model), windows)
+    again = learned(model, windows, state=tmp_path / "absent.safetensors", resume=True)
+    assert "nothing to resume" in caplog.text and "absent.safetensors" in caplog.text
+    assert_same(again.model, bits(plain.model))

@@ -51,6 +51,8 @@ def learn_gates(task: Task, gates: Gates, loss: Loss, adapters: Adapters | None 
         before = game.pruned_set()
         log.info("goes on at step %d of %d", game.step, game.steps)
     else:
+        if task.resume:
+            log.warning("nothing to resume: %s is not there; learning starts anew", task.state)
         game.probe_(partial(_gradient, task, gates, loss), _generator(task.seed))
     stride = max(1, game.steps // SHOWN)
     bar = tqdm(total=game.steps, initial=game.step, desc="learning masks", disable=world()[0] > 0 or None, leave=False)
