@@ -67,6 +67,15 @@ def dense_seconds(model: PreTrainedModel, windows: torch.Tensor, batch_size: int
     return time.perf_counter() - start
 
 
+def surroundings() -> dict[str, Any]:
+    """Of what a timing depends on."""
+    return {
+        "threads": torch.get_num_threads(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
+        "versions": " ".join(f"{name}={value}" for name, value in versions().items()),
+    }
+
+
 def measure(method: str, sequential: str, pattern: str) -> dict[str, Any]:
     """All turns of one method."""
     model = build()
@@ -99,9 +108,7 @@ def measure(method: str, sequential: str, pattern: str) -> dict[str, Any]:
         **middle,
         "peak_rss_gb": peak_memory() / 1e9,
         "dense_rss_gb": dense_rss / 1e9,
-        "threads": torch.get_num_threads(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
-        "versions": " ".join(f"{name}={value}" for name, value in versions().items()),
+        **surroundings(),
         "command": f"python eval/bench_prune.py --method {method} --sequential {sequential} --pattern {pattern}",
     }
 

@@ -9,19 +9,17 @@ from __future__ import annotations
 
 import copy
 import csv
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from bench_prune import LENGTH, RESULTS, build
+from bench_prune import LENGTH, RESULTS, build, surroundings
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmprune import PruneConfig, prune
-from llmprune.report import versions
 from llmprune.tables import table
 
 SPARSITIES = (0.2, 0.35, 0.5)
@@ -38,10 +36,14 @@ def prefill(model: Any) -> int:
 
 def decode(model: Any) -> int:
     """Write a sequence; returns its tokens."""
-    prompt = torch.arange(PROMPT)[None]
-    model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=NEW, min_new_tokens=NEW,
-                   do_sample=False, pad_token_id=0)  # fmt: skip
+    write(model, torch.arange(PROMPT)[None], NEW)
     return NEW
+
+
+def write(model: Any, prompt: Tensor, tokens: int) -> None:
+    """Exactly so many tokens after a prompt [1, n], greedily."""
+    model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=tokens, min_new_tokens=tokens,
+                   do_sample=False, pad_token_id=0)  # fmt: skip
 
 
 def rate(action: Callable[[Any], int], model: PreTrainedModel) -> float:
@@ -80,9 +82,7 @@ def measure(dense: PreTrainedModel, sparsity: float) -> dict[str, Any]:
         "parameters": after,
         "parameter_ratio": before / after,
         **compare(dense, result.model),
-        "threads": torch.get_num_threads(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
-        "versions": " ".join(f"{name}={value}" for name, value in versions().items()),
+        **surroundings(),
         "command": "python eval/bench_smaller.py",
     }
 

@@ -18,6 +18,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from bench_smaller import write
 from llmprune_eval import evaluate
 from make_results import RESULTS, SHARED, Task, commands, evaluation_windows, located
 from make_results import TASKS as WHOLE
@@ -92,18 +93,13 @@ def _facts(result: Any, dense: PreTrainedModel, windows: Tensor) -> dict[str, An
         "calibration_sha256": report.calibration["sha256"],
         "dense_pass_seconds": _seconds(lambda: dense(input_ids=windows[:8], use_cache=False)) * count / 8,
         "prefill_speedup": _ratio(dense, model, lambda m: m(input_ids=windows[:1, :PROMPT], use_cache=False)),
-        "decode_speedup": _ratio(dense, model, lambda m: _decode(m, windows[:1, :8])),
+        "decode_speedup": _ratio(dense, model, lambda m: write(m, windows[:1, :8], NEW)),
     }
 
 
 def task_windows(report: Any) -> int:
     """How many calibration windows a run used."""
     return int(report.calibration["windows_used"])
-
-
-def _decode(model: Any, prompt: Tensor) -> None:
-    model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=NEW, min_new_tokens=NEW,
-                   do_sample=False, pad_token_id=0)  # fmt: skip
 
 
 @torch.no_grad()

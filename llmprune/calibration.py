@@ -5,7 +5,6 @@ Also draws the windows on which the loss before and after pruning is measured; n
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +19,7 @@ from transformers import PreTrainedModel
 
 from llmprune.config import PruneConfig
 from llmprune.errors import InputError
-from llmprune.ready_windows import check_npy, read_npy
+from llmprune.ready_windows import check_npy, digest, read_npy
 
 log = logging.getLogger(__name__)
 
@@ -43,9 +42,14 @@ class Calibration:
 
     def describe(self) -> dict[str, Any]:
         """Origin, sizes and the SHA-256 of the calibration tokens (int64, little endian, in order)."""
-        digest = hashlib.sha256(self.windows.numpy().astype("<i8").tobytes()).hexdigest()
         count, length = self.windows.shape
-        return {**self.origin, "windows_used": count, "seqlen": length, "sha256": digest, "holdout": len(self.holdout)}
+        return {
+            **self.origin,
+            "windows_used": count,
+            "seqlen": length,
+            "sha256": digest(self.windows),
+            "holdout": len(self.holdout),
+        }
 
 
 def model_positions(model: PreTrainedModel) -> int | None:

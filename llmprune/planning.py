@@ -86,12 +86,6 @@ def make_plan(model: PreTrainedModel, config: PruneConfig) -> Plan:
             raise InputError(f"{site.name} is empty {site.shape}: leave it out with --ignore {site.name}")
     seqlen = window_length(model, config.max_seq_length)
     data = bool(recipe.needs) or config.dataset is not None
-    memory = _memory(model, blocks, config, seqlen, recipe, data)
-    learning = recipe.criterion.learning_passes(config.learning)
-    if learning:
-        memory["learning: activations and logits of a batch, beside all weights"] = _activations(
-            model, blocks, config, seqlen
-        )
     return Plan(
         sparsity=recipe.pattern.sparsity,
         blocks=blocks,
@@ -99,15 +93,16 @@ def make_plan(model: PreTrainedModel, config: PruneConfig) -> Plan:
         model_parameters=sum(p.numel() for p in model.parameters()),
         site_parameters=sum(site.shape[0] * site.shape[1] for site in sites),
         seqlen=seqlen,
-        passes=_passes(recipe, len(blocks)) + learning if data else 0.0,
-        memory=memory,
+        passes=_passes(recipe, config, len(blocks)) if data else 0.0,
+        memory=_memory(model, blocks, config, seqlen, recipe, data),
         structure=structure,
     )
 
 
-def _passes(recipe: Recipe, blocks: int) -> float:
+def _passes(recipe: Recipe, config: PruneConfig, blocks: int) -> float:
     """Of the last block nothing is wanted but its statistics, where that is a pass of its own."""
-    return (1.0 if recipe.sequential == "site" else 2 - 1 / blocks) + (recipe.target == "dense")
+    walk = (1.0 if recipe.sequential == "site" else 2 - 1 / blocks) + (recipe.target == "dense")
+    return walk + recipe.criterion.learning_passes(config.learning)
 
 
 def _activations(model: PreTrainedModel, blocks: list[Block], config: PruneConfig, seqlen: int) -> int:
@@ -150,6 +145,9 @@ def _memory(
         memory["micro-batches that wait on the device"] = max(
             tokens * item * (2 * hidden_size + max((i for _, i in block), default=0)) for block in shapes
         )
+    if recipe.criterion.learning_passes(config.learning):
+        needed = _activations(model, blocks, config, seqlen)
+        memory["learning: activations and logits of a batch, beside all weights"] = needed
     return memory
 
 

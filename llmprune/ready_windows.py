@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,11 @@ from llmprune.errors import InputError
 
 Windows = Tensor | np.ndarray[Any, Any] | Sequence[Sequence[int]]
 """What a user may hand over as token windows [n, seqlen]."""
+
+
+def digest(windows: Tensor) -> str:
+    """SHA-256 of token windows (int64, little endian, in order)."""
+    return hashlib.sha256(windows.numpy().astype("<i8").tobytes()).hexdigest()
 
 
 def check_npy(path: Path) -> None:

@@ -148,18 +148,6 @@ class Stream:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode (no dropout), with every module's own mode restored."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-@contextmanager
 def replaced_forwards(
     modules: Sequence[nn.Module], make: Callable[[int, Callable[..., Any]], Callable[..., Any]]
 ) -> Iterator[None]:

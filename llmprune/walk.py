@@ -15,6 +15,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
+from llmprune_eval.evaluate import evaluating
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -26,7 +27,7 @@ from llmprune.errors import InputError
 from llmprune.learning import learn
 from llmprune.orders import IN_ORDER, Job, check_order
 from llmprune.sites import Site
-from llmprune.stream import Stream, evaluating, visiting
+from llmprune.stream import Stream, visiting
 
 log = logging.getLogger(__name__)
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -67,7 +67,7 @@ def evaluate(
             "the model that the other was pruned from"
         )
     nll = dense_nll = kl = same = 0.0
-    with _evaluating(model), _evaluating(against):
+    with evaluating(model), evaluating(against) if against is not None else nullcontext():
         for batch in tqdm(windows.split(batch_size), desc="evaluating", disable=None, leave=False):
             labels = batch[:, 1:].flatten()
             logits = _logits(model, batch)
@@ -111,11 +111,10 @@ def _logits(model: PreTrainedModel, batch: Tensor) -> Tensor:
 
 
 @contextmanager
-def _evaluating(model: PreTrainedModel | None) -> Iterator[None]:
-    """Eval mode for the time being, every module's own mode restored."""
-    training = [module for module in model.modules() if module.training] if model is not None else []
-    if model is not None:
-        model.eval()
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode (no dropout), with every module's own mode restored."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
     try:
         yield
     finally:

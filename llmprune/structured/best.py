@@ -25,9 +25,3 @@ class Best:
         """Keep a state if it is better than all before."""
         if not loss >= self.loss:  # so that there is one even where the loss is no number
             self.loss, self.tensors = loss, {name: value.clone() for name, value in tensors.items()}
-
-    def under(self, prefix: str) -> dict[str, Tensor]:
-        """The tensors of one part, without its name."""
-        return {
-            name.removeprefix(prefix): value.clone() for name, value in self.tensors.items() if name.startswith(prefix)
-        }

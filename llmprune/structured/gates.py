@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from llmprune_eval.evaluate import evaluating
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -15,7 +16,7 @@ from llmprune.blocks import Block
 from llmprune.collectives import summed_, world
 from llmprune.errors import InputError
 from llmprune.patterns import Columns
-from llmprune.stream import evaluating, replaced_forwards
+from llmprune.stream import replaced_forwards
 from llmprune.wiring import first_of
 
 
@@ -91,19 +92,16 @@ def gradients(
     Each rank takes its share of the windows; every rank returns the same. At what is in `also` the gradients are
     this rank's part of the sum.
     """
-    rank, ranks = world()
     leaves = {path: value.detach().requires_grad_() for path, value in gates.values.items()}
     sums = {path: torch.zeros_like(value) for path, value in gates.values.items()}
     further = [torch.zeros_like(value) for value in also]
     total = torch.zeros(1, device=next(iter(sums.values())).device)
-    own, plain = windows[rank::ranks], gates.values
-    gates.values = leaves
+    plain, gates.values = gates.values, leaves
     try:
         with gates.applied():
-            for batch in own.split(batch_size) if len(own) else ():
+            for batch, share in _own_batches(windows, batch_size):
                 with torch.enable_grad():
                     value = loss(batch)
-                share = len(batch) / len(windows)
                 found = torch.autograd.grad(value, [*leaves.values(), *also])
                 for part, gradient in zip([*sums.values(), *further], found, strict=True):
                     part += share * gradient
@@ -118,13 +116,20 @@ def gradients(
 @torch.no_grad()
 def mean_loss(gates: Gates, loss: Loss, windows: Tensor, batch_size: int) -> float:
     """Mean loss over windows [n, seqlen], of all ranks together, at the gates as they are."""
-    rank, ranks = world()
-    own, total = windows[rank::ranks], torch.zeros(1, device=next(iter(gates.values.values())).device)
+    total = torch.zeros(1, device=next(iter(gates.values.values())).device)
     with gates.applied():
-        for batch in own.split(batch_size) if len(own) else ():
-            total += len(batch) / len(windows) * loss(batch)
+        for batch, share in _own_batches(windows, batch_size):
+            total += share * loss(batch)
     summed_(total)
     return total.item()
+
+
+def _own_batches(windows: Tensor, batch_size: int) -> Iterator[tuple[Tensor, float]]:
+    """This rank's windows, each batch with its share of all ranks' windows; a rank may have none."""
+    rank, ranks = world()
+    own = windows[rank::ranks]
+    for batch in own.split(batch_size) if len(own) else ():
+        yield batch, len(batch) / len(windows)
 
 
 @contextmanager

@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from llmprune_eval.evaluate import evaluating
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from llmprune.blocks import find_blocks
 from llmprune.errors import InputError
-from llmprune.stream import evaluating
 from llmprune.structured.layout import Layout
 from llmprune.structured.widths import changed_config, config_changes
 
