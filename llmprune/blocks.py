@@ -52,6 +52,8 @@ class Block:
 def find_blocks(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
     """The decoder blocks with their dotted names: the module list whose class is in `_no_split_modules`.
 
+    Of several, the longest of those that are as long as the text model's config says: a vision tower has blocks too.
+
     Raises:
         InputError: there is none, or blocks share parameters.
     """
@@ -66,7 +68,8 @@ def find_blocks(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
             f"{type(model).__name__} shows no list of decoder blocks (classes {sorted(classes) or 'none'}): "
             "only decoder-only causal language models can be pruned"
         )
-    blocks = max(lists, key=len)
+    depth = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
+    blocks = max([blocks for blocks in lists if len(blocks) == depth] or lists, key=len)
     owner: dict[int, str] = {}
     for name, block in blocks:
         for parameter in block.parameters():

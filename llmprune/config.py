@@ -94,6 +94,9 @@ class PruneConfig:
                     f"{name} is part of a dense target, and the target is {recipe.target}: add --target dense"
                 )
         self.learning.check()
+        if self.learning != LearningOptions() and not recipe.criterion.learns:
+            raise InputError(f"{self.learning.given()} steers the learning of masks, and {self.method} learns none: "
+                             "leave it out, or use --method maskprune")  # fmt: skip
         if (self.keep_heads or self.round_channels != 1) and not isinstance(recipe.pattern, Uniform):
             raise InputError(f"keep_heads and round_channels belong to pattern uniform, not to {recipe.pattern}")
         for name in ("num_calibration_samples", "batch_size", "round_channels"):

@@ -80,6 +80,8 @@ def prune(
             activations turn out not to be finite halfway, or a block not to allow the order of its sites.
     """
     config = config or PruneConfig()
+    if resume and not config.make_recipe().criterion.learns:
+        raise InputError(f"resume goes on with the learning of masks, and {config.method} learns none: leave it out")
     device: torch.device | None = resolve_device(config.device)
     name = str(model) if isinstance(model, (str, Path)) else (model.name_or_path or type(model).__name__)
     if isinstance(model, (str, Path)):

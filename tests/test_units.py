@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from cutting import assert_same, bits, block_sizes, cut
-from families import FAMILIES
+from families import COMMON, FAMILIES, MIXED_LAYERS, VOCABULARY
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from unit_tables import BLOCK_SIZES, HEADS_FROM_WIDTH, TIED, UNITS, unit_of_entries
 
@@ -50,6 +50,24 @@ def masked_and_kept(name: str) -> tuple[PreTrainedModel, list[dict[str, Tensor]]
             gone = [u for u in range(units) if u not in stay.tolist()]
             clear_(block, site, [u * columns + i for u in gone for i in range(columns)])
     return model, kept
+
+
+def test_the_units_of_a_decoder_beside_a_vision_tower_that_is_longer() -> None:
+    text = {**COMMON, "vocab_size": VOCABULARY, "head_dim": 10, "layer_types": MIXED_LAYERS}
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 5, "num_attention_heads": 2,
+              "image_size": 28, "patch_size": 14}  # fmt: skip
+    model = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4))
+    layout = find_layout(model.eval())
+    assert [(kind.site, kind.units) for kind in layout.kinds] == [("self_attn.o_proj", 2), ("mlp.down_proj", 67)]
+    small = cut(model, 0.3).model
+    assert len(small.model.language_model.layers) == 3
+    assert small.config.text_config.intermediate_size < 67
+    assert small.config.vision_config.intermediate_size == 24
+
+
+def test_the_units_of_a_model_of_few_positions() -> None:
+    layout = find_layout(FAMILIES["opt"].build(max_position_embeddings=8))
+    assert [(kind.site, kind.units) for kind in layout.kinds] == [row[:2] for row in UNITS["opt"]]
 
 
 @every_family

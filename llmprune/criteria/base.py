@@ -51,6 +51,7 @@ class Criterion(ABC):
         refine, sequential, target, mix, residual: its own choice on these axes, unless the user has another. A
             quarter of the site's own output in a dense target keeps it from following the calibration text alone.
         moves_weights: True if `prune` moves surviving weights.
+        learns: True if `prepare` follows the run's LearningOptions and keeps a state to go on from.
     """
 
     name: ClassVar[str]
@@ -66,6 +67,7 @@ class Criterion(ABC):
     mix: ClassVar[float] = 0.75
     residual: ClassVar[float] = 1.0
     moves_weights: ClassVar[bool] = False
+    learns: ClassVar[bool] = False
 
     def __init__(self, seed: int = 0, compensation: str | None = None) -> None:
         """`seed` matters to methods that draw random numbers; `compensation` replaces the method's own."""

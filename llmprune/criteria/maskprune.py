@@ -29,6 +29,7 @@ class MaskPrune(Criterion):
     source = "after arXiv 2502.14008"
     pattern = "uniform"
     moves_weights = True
+    learns = True
 
     def __init__(self, seed: int = 0, compensation: str | None = None) -> None:
         """As for every method."""

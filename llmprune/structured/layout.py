@@ -27,6 +27,7 @@ from llmprune.stream import Stream
 from llmprune.wiring import first_of
 
 TOKENS = 32
+"""At least so many go through the probe, so that no unit is silent on all of them."""
 UNBUILDABLE = (
     ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError, ZeroDivisionError, AssertionError,
     StrictDataclassError,
@@ -123,7 +124,10 @@ class _Probe:
         (path, block), *_ = find_blocks(shallow)
         self._block = block
         self._sites = {site.name.removeprefix(f"{path}."): site for site in survey(shallow)[0].sites}
-        stream = Stream(shallow, [block], torch.arange(TOKENS).view(1, -1) % shallow.config.vocab_size, 1)
+        text = shallow.config.get_text_config(decoder=True)
+        length = min(TOKENS, getattr(text, "max_position_embeddings", None) or TOKENS)
+        rows = -(-TOKENS // length)
+        stream = Stream(shallow, [block], torch.arange(rows * length).view(rows, length) % text.vocab_size, rows)
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for name, parameter in block.named_parameters():
@@ -132,7 +136,7 @@ class _Probe:
                 parameter.copy_(scale * torch.randn(parameter.shape, generator=generator) + centre)
         self._hidden = torch.randn(stream.hidden[0].shape, generator=generator).requires_grad_()
         stream.hidden[0] = self._hidden
-        self._weights = torch.rand(TOKENS, 1, generator=generator) + 0.5  # that no sum over tokens cancels
+        self._weights = torch.rand(rows * length, 1, generator=generator) + 0.5  # that no sum over tokens cancels
         self._inputs: list[tuple[str, Tensor]] = []
         with self._parted():
             stream.run(0, 0)
@@ -209,7 +213,7 @@ class _Probe:
     def _reach(self, x: Tensor, chosen: Tensor) -> dict[tuple[str, int], Tensor]:
         """For each parameter and axis, bool [size]: on which of its entries the chosen inputs [in] depend."""
         parameters = dict(self._block.named_parameters())
-        cotangent = self._weights.expand(TOKENS, x.shape[-1]).reshape(x.shape) * chosen
+        cotangent = self._weights.expand(-1, x.shape[-1]).reshape(x.shape) * chosen
         gradients = torch.autograd.grad(x, list(parameters.values()), cotangent, retain_graph=True, allow_unused=True)
         return {
             (name, axis): (gradient != 0).transpose(0, axis).flatten(1).any(1) if gradient.ndim > 1 else gradient != 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,10 @@ class LearningOptions:
     hidden: float = 0.0
     lora_rank: int = 0
     checkpointing: bool = False
+
+    def given(self) -> str:
+        """The settings that are not the default."""
+        return ", ".join(f.name for f in fields(self) if getattr(self, f.name) != f.default)
 
     def check(self) -> None:
         """Raise InputError for what makes no sense."""
