@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from bench_smaller import write
 from llmprune_eval import evaluate
+from llmprune_eval.surroundings import versions
 from make_results import RESULTS, SHARED, Task, commands, evaluation_windows, located
 from make_results import TASKS as WHOLE
 from torch import Tensor
@@ -27,7 +28,6 @@ from transformers import PreTrainedModel
 
 from llmprune import PruneConfig, prune
 from llmprune.loading import load_model, load_tokenizer
-from llmprune.report import versions
 from llmprune.structured.task import LearningOptions
 
 TASKS = [replace(task, scored=task.scored or 200, divergence=True) for task in WHOLE]

@@ -11,6 +11,7 @@ from typing import Any
 
 from accelerate import PartialState
 from llmprune_eval import evaluate
+from llmprune_eval.surroundings import versions
 from llmprune_eval.text import joined_windows, open_text
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -26,7 +27,6 @@ from llmprune.loading import empty_model, load_model, load_tokenizer
 from llmprune.planning import make_plan, plan_as_dict
 from llmprune.prune import prune, resolve_device
 from llmprune.ready_windows import read_npy
-from llmprune.report import versions
 
 log = logging.getLogger(__name__)
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-import platform
 import sys
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from typing import Any
 
 import psutil
-import torch
+from llmprune_eval.surroundings import versions
 
 SCHEMA = 1
 COLLAPSED_BLOCK = 0.8  # a block set to zero shows 1.0; healthy ones at 50 % show 0.2 to 0.5
@@ -94,7 +92,7 @@ class Report:
     loss_before: float | None = None
     loss_after: float | None = None
     seconds: dict[str, float] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=lambda: versions())
+    versions: dict[str, str] = field(default_factory=versions)
     processes: int = 1
     peak_memory: int = 0
 
@@ -176,15 +174,6 @@ def _exp(loss: float | None) -> float | None:
 def _finite(value: float | None) -> float | None:
     """JSON has no infinity."""
     return value if value is not None and math.isfinite(value) else None
-
-
-def versions() -> dict[str, str]:
-    """Of what a result depends on."""
-    packages = ("llmprune", "torch", "transformers", "accelerate", "safetensors")
-    found = {"python": platform.python_version(), "machine": platform.machine()}
-    for package in packages:
-        found[package] = torch.__version__ if package == "torch" else version(package)
-    return found
 
 
 def peak_memory() -> int:

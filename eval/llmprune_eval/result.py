@@ -1,0 +1,171 @@
+"""The one file that the measurements of a model are kept in: finished parts, each with its protocol.
+
+Every command that measures adds parts to it as soon as they are finished, so that none is lost when a later one
+fails, and takes those that are there already as done.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from llmprune_eval.errors import InputError
+from llmprune_eval.surroundings import hardware, versions
+
+SCHEMA = 1
+RESULT = "evaluation.json"
+"""Name of the file in a model's folder."""
+KINDS = ("perplexity", "task", "generation", "speed")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One measurement.
+
+    Attributes:
+        kind: one of KINDS.
+        name: the dataset, the task, or what was timed.
+        protocol: how it was measured: everything that must agree before two figures may be compared.
+        values: the figures by name; None where one is not finite (a ruined model has an infinite perplexity).
+        stderr: standard errors, of the figures that have one.
+        samples: rows behind the figures, where they are worth reading: texts, single timings.
+        seconds: that it took.
+    """
+
+    kind: str
+    name: str
+    protocol: dict[str, Any]
+    values: dict[str, float | None]
+    stderr: dict[str, float] = field(default_factory=dict)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float = 0.0
+    versions: dict[str, str] = field(default_factory=versions)
+    hardware: dict[str, str | int] = field(default_factory=hardware)
+
+    def answers(self, kind: str, name: str, asked: Mapping[str, Any]) -> bool:
+        """True if this is that measurement, by all that is asked of its protocol."""
+        return (self.kind, self.name) == (kind, name) and all(self.protocol.get(k) == v for k, v in asked.items())
+
+
+@dataclass
+class Result:
+    """What was measured of one model.
+
+    Attributes:
+        model: what `describe_model` says.
+        parts: in the order in which they were measured.
+        path: file that every change is written to; None keeps it in memory.
+    """
+
+    model: dict[str, Any]
+    parts: list[Part] = field(default_factory=list)
+    path: Path | None = None
+
+    @classmethod
+    def open(cls, path: Path | None, model: dict[str, Any]) -> Result:
+        """What a file holds of this model, or a new one.
+
+        Raises:
+            InputError: the file is damaged, or of another model.
+        """
+        if path is None or not path.is_file():
+            return cls(model, path=path)
+        found = cls.read(path)
+        if found.model.get("weights_sha256") != model.get("weights_sha256"):
+            raise InputError(
+                f"{path} holds measurements of another model ({found.model.get('name')}): name another file with "
+                "--output, or delete it"
+            )
+        return cls(model, found.parts, path)
+
+    @classmethod
+    def read(cls, path: Path) -> Result:
+        """What a file holds.
+
+        Raises:
+            InputError: it is no result of this schema.
+        """
+        try:
+            facts = json.loads(path.read_text(encoding="utf-8"))
+            if facts["schema"] != SCHEMA:
+                raise InputError(f"{path} has schema {facts['schema']}, and this version reads {SCHEMA}: measure again")
+            return cls(dict(facts["model"]), [Part(**part) for part in facts["parts"]], path)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{path} is no result of an evaluation ({error}): delete it and measure again") from error
+
+    def find(self, kind: str, name: str, asked: Mapping[str, Any]) -> Part | None:
+        """The newest part that answers."""
+        return next((part for part in reversed(self.parts) if part.answers(kind, name, asked)), None)
+
+    def add(self, part: Part) -> None:
+        """Keep a part, in place of one of the same protocol, and write the file."""
+        self.parts = [p for p in self.parts if not p.answers(part.kind, part.name, part.protocol)] + [part]
+        if self.path is not None:
+            write_json(self.path, self.as_dict())
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the file and --json."""
+        return {"schema": SCHEMA, "model": self.model, "parts": [asdict(part) for part in self.parts]}
+
+
+def write_json(path: Path, facts: Mapping[str, Any]) -> None:
+    """Write a JSON file at once or not at all.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    building = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        building.write_text(json.dumps(facts, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        building.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            building.unlink()
+        raise InputError(f"{path} cannot be written ({error}): name another file with --output") from error
+
+
+def finite(value: float) -> float | None:
+    """JSON has no infinity."""
+    return value if math.isfinite(value) else None
+
+
+def describe_model(name: str, model: PreTrainedModel) -> dict[str, Any]:
+    """Which model was measured, its sizes, and a hash of its weights, or the Hub's commit."""
+    folder = Path(name)
+    parameters = list(model.parameters())
+    return {
+        "name": name,
+        "architecture": type(model).__name__,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "parameters": sum(p.numel() for p in parameters),
+        "nonzero": sum(int(p.count_nonzero()) for p in parameters),
+        "bytes": sum(f.stat().st_size for f in folder.glob("*.safetensors")) or None,
+        "weights_sha256": weights_sha256(folder) if folder.is_dir() else getattr(model.config, "_commit_hash", None),
+        "manifest_sha256": _sha256([folder / "llmprune.json"]) if (folder / "llmprune.json").is_file() else None,
+    }
+
+
+def weights_sha256(folder: Path) -> str:
+    """Of the config and all weights of a model's folder, in the order of their names."""
+    return _sha256([folder / "config.json", *sorted(folder.glob("*.safetensors"))])
+
+
+def _sha256(files: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()
