@@ -12,7 +12,7 @@ from llmprune.blocks import Block, Skipped, all_sites, survey
 from llmprune.calibration import window_length
 from llmprune.config import PruneConfig
 from llmprune.errors import InputError
-from llmprune.patterns import Uniform
+from llmprune.patterns import Columns, Uniform
 from llmprune.recipe import Recipe
 from llmprune.structured.structure import Structure, make_structure
 
@@ -148,6 +148,9 @@ def _memory(
     if recipe.criterion.learning_passes(config.learning):
         needed = _activations(model, blocks, config, seqlen)
         memory["learning: activations and logits of a batch, beside all weights"] = needed
+    if recipe.criterion.learns:
+        groups = [s.shape[1] for s in all_sites(blocks) if isinstance(s.pattern, Columns) and s.pattern.size > 1]
+        memory["learning: pairs of features before it, to order the KV groups"] = sum(4 * width**2 for width in groups)
     return memory
 
 

@@ -98,6 +98,29 @@ def test_the_same_seed_gives_the_same_weights(windows: Tensor) -> None:
     assert results[1].report.curves == results[0].report.curves != results[2].report.curves
 
 
+def test_the_groups_that_go_are_those_that_the_others_make_up_for_best(windows: Tensor) -> None:
+    model = make_llama()
+    small = learned(copy.deepcopy(model), windows).model
+    seen: list[Tensor] = []
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, 1).double()))
+    with torch.no_grad():
+        model(input_ids=windows)
+    for layer, cut, x in zip(model.model.layers, small.model.layers, seen, strict=True):
+        weight, ridge = layer.self_attn.o_proj.weight.double(), 0.01 * x.square().sum(0).mean()
+        lost = []
+        for gone in (slice(0, 16), slice(16, 32)):  # two query heads of 8 each
+            kept = x.clone()
+            kept[:, gone] = 0.0
+            damped = torch.cat([kept, ridge.sqrt() * torch.eye(32).double()])
+            own = torch.cat([x, ridge.sqrt() * torch.eye(32).double()]) @ weight.T
+            damped[len(x) :, gone] = 0.0
+            solved = torch.linalg.lstsq(damped, own, driver="gelsd").solution
+            lost.append((damped @ solved - own).square().sum().item())
+        stays = 16 if lost[0] < lost[1] else 0
+        assert torch.equal(cut.self_attn.q_proj.weight, layer.self_attn.q_proj.weight[stays : stays + 16])
+
+
 def test_survivors_carry_their_gate_and_all_else_stays(windows: Tensor) -> None:
     model = make_llama()
     dense = bits(model)
@@ -258,7 +281,7 @@ def test_the_estimate_counts_what_learning_costs() -> None:
     }
     assert plans[40].passes - plans[10].passes == pytest.approx(4 * 30)
     needed = [size for what, size in plans[40].memory.items() if what.startswith("learning")]
-    assert len(needed) == 1 and needed[0] > 0
+    assert needed[0] > 0 and needed[1:] == [3 * 4 * 32**2]  # a Gram matrix of each block's output projection
     saving = PruneConfig(method="maskprune", learning=LearningOptions(checkpointing=True), dataset="x.txt")
     assert sum(make_plan(make_llama(), saving).memory.values()) < sum(plans[40].memory.values())
     one_shot = make_plan(make_llama(), PruneConfig(method="wanda", pattern="uniform", dataset="x.txt"))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from llmprune.criteria.base import Criterion
 from llmprune.errors import InputError
-from llmprune.gram import full_float32
+from llmprune.gram import Gram, full_float32
 from llmprune.patterns import Columns, Pattern, Uniform
 from llmprune.sites import Site
 
@@ -39,12 +39,18 @@ class OBS(Criterion):
     def score(self, site: Site) -> Tensor:
         """[out, in]: the step at which a column's unit is removed."""
         assert site.statistics is not None and site.statistics.gram is not None and isinstance(site.pattern, Columns)
-        U, _ = site.statistics.gram.inverse_factor(DAMPING, self.compensates(site))
-        with full_float32():
-            order = removal_order(site.goal, U.T @ U, site.pattern.size)
-        steps = torch.empty(len(order), device=order.device)
-        steps[order] = torch.arange(len(order), dtype=steps.dtype, device=order.device)
+        steps = removal_steps(site.goal, site.statistics.gram, site.pattern.size, self.compensates(site))
         return steps.repeat_interleave(site.pattern.size).expand(site.shape)
+
+
+def removal_steps(weight: Tensor, gram: Gram, size: int, centred: bool = False) -> Tensor:
+    """[in / size]: the step at which each unit of `size` columns is removed from a weight [out, in], float32."""
+    U, _ = gram.inverse_factor(DAMPING, centred)
+    with full_float32():
+        order = removal_order(weight, U.T @ U, size)
+    steps = torch.empty(len(order), device=order.device)
+    steps[order] = torch.arange(len(order), dtype=steps.dtype, device=order.device)
+    return steps
 
 
 def removal_order(weight: Tensor, inverse: Tensor, size: int) -> Tensor:

@@ -99,7 +99,7 @@ def gradients(
     plain, gates.values = gates.values, leaves
     try:
         with gates.applied():
-            for batch, share in _own_batches(windows, batch_size):
+            for batch, share in own_batches(windows, batch_size):
                 with torch.enable_grad():
                     value = loss(batch)
                 found = torch.autograd.grad(value, [*leaves.values(), *also])
@@ -118,13 +118,13 @@ def mean_loss(gates: Gates, loss: Loss, windows: Tensor, batch_size: int) -> flo
     """Mean loss over windows [n, seqlen], of all ranks together, at the gates as they are."""
     total = torch.zeros(1, device=next(iter(gates.values.values())).device)
     with gates.applied():
-        for batch, share in _own_batches(windows, batch_size):
+        for batch, share in own_batches(windows, batch_size):
             total += share * loss(batch)
     summed_(total)
     return total.item()
 
 
-def _own_batches(windows: Tensor, batch_size: int) -> Iterator[tuple[Tensor, float]]:
+def own_batches(windows: Tensor, batch_size: int) -> Iterator[tuple[Tensor, float]]:
     """This rank's windows, each batch with its share of all ranks' windows; a rank may have none."""
     rank, ranks = world()
     own = windows[rank::ranks]

@@ -30,16 +30,19 @@ SHOWN = 100
 """Rows of the curves, and times that the state is saved, in a run."""
 
 
-def learn_gates(task: Task, gates: Gates, loss: Loss, adapters: Adapters | None = None) -> Minimax:
+def learn_gates(
+    task: Task, gates: Gates, loss: Loss, order: Mapping[str, Tensor], adapters: Adapters | None = None
+) -> Minimax:
     """Play the game to its end; `gates` hold the best state since the set was fixed, zero where a unit goes.
 
     Args:
+        order: of the units that go in an order known beforehand (see `Minimax`).
         adapters: trained beside the gates.
 
     Raises:
         InputError: the loss is not finite, or a saved state belongs to another run.
     """
-    game = _new_game(task, gates)
+    game = _new_game(task, gates, order)
     state = State(task, game, adapters, Best())
     before: dict[str, Tensor] | None = None
     if task.resume and task.state is not None and task.state.is_file():
@@ -81,12 +84,13 @@ def learn_gates(task: Task, gates: Gates, loss: Loss, adapters: Adapters | None 
     return game
 
 
-def _new_game(task: Task, gates: Gates) -> Minimax:
+def _new_game(task: Task, gates: Gates, order: Mapping[str, Tensor]) -> Minimax:
     kinds = task.structure.kinds
     prices = {kind.site: kind.parameters for kind in kinds}
     whole = sum(kind.parameters * kind.units for kind in kinds)
     kept = sum(kind.parameters * gates.keeps[kind.site] for kind in kinds)
-    return Minimax(gates.values, dict(gates.keeps), prices, task.options.schedule, task.options.steps, kept / whole)
+    options, budget = task.options, kept / whole
+    return Minimax(gates.values, dict(gates.keeps), prices, options.schedule, options.steps, budget, order=order)
 
 
 def _gradient(task: Task, gates: Gates, loss: Loss, values: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:

@@ -65,6 +65,8 @@ class Minimax:
         removed: share of a kind's units that goes; learned by the schedule "paper".
         multiplier: dual of the budget, never negative; used by "paper".
         kept: bool [blocks, units] by kind once the set is fixed.
+        order: [blocks, units] of the kinds whose units go in an order known beforehand, the smallest first; those of
+            the others go by their gates.
     """
 
     gates: dict[str, Tensor]
@@ -80,6 +82,7 @@ class Minimax:
     multiplier: float = 0.0
     step: int = 0
     kept: dict[str, Tensor] = field(default_factory=dict)
+    order: Mapping[str, Tensor] = field(default_factory=dict)
 
     def probe_(
         self, gradient: Callable[[Mapping[str, Tensor], int], dict[str, Tensor]], generator: torch.Generator
@@ -155,7 +158,7 @@ class Minimax:
             return
         ranks = torch.arange(gates.shape[1], dtype=gates.dtype, device=gates.device)
         share = (count - ranks).clamp(0, 1).expand_as(gates)  # of the price, from the smallest gate on
-        priced = torch.empty_like(gates).scatter_(1, gates.square().argsort(dim=1, stable=True), share)
+        priced = torch.empty_like(gates).scatter_(1, self._strength(kind).argsort(dim=1, stable=True), share)
         gates /= 1 + 2 * self.rates[kind] * duals[:, None] * priced
         if self.schedule == "paper" or self.step >= SORT * self.steps:
             duals += PRICE_RATE[self.schedule] / self.steps * (priced * gates.square()).sum(1) / count
@@ -165,7 +168,7 @@ class Minimax:
         units = self.gates[kind].shape[1]
         shares = self._shares()
         unit = sum(self.curvature[k] / shares[k] for k in shares) / len(shares)
-        ordered = self.gates[kind].square().sort(1).values
+        ordered = self.gates[kind].square().gather(1, self._strength(kind).argsort(dim=1, stable=True))
         cost = (self.duals[kind] * ordered[:, min(int(count), units - 1)]).mean().item()
         gain = self.multiplier - self.curvature[kind] * cost / (shares[kind] * unit)
         self.removed[kind] = min(max(self.removed[kind] + WIDTH_RATE * min(max(gain, -1.0), 1.0), 0.0), 1 - 1 / units)
@@ -195,10 +198,14 @@ class Minimax:
             self.gates[kind] *= ~gone
 
     def pruned_set(self) -> dict[str, Tensor]:
-        """bool [blocks, units] by kind: the smallest gates, as many as are to go in the end."""
+        """bool [blocks, units] by kind: the weakest, as many as are to go in the end."""
         return {
             kind: torch.zeros_like(gates, dtype=torch.bool).scatter_(
-                1, gates.abs().topk(gates.shape[1] - self.keeps[kind], dim=1, largest=False).indices, True
+                1, self._strength(kind).topk(gates.shape[1] - self.keeps[kind], dim=1, largest=False).indices, True
             )
             for kind, gates in self.gates.items()
         }
+
+    def _strength(self, kind: str) -> Tensor:
+        """[blocks, units]: what is to go is smallest."""
+        return self.order[kind] if kind in self.order else self.gates[kind].square()
