@@ -181,4 +181,4 @@ def inspection_text(folder: str, facts: dict[str, Any], manifest: dict[str, Any]
         f"{number(manifest.get('perplexity_after'))} after (held-out calibration text)",
         f"versions    {', '.join(f'{k} {v}' for k, v in manifest.get('versions', {}).items())}",
     ]
-    return "\n".join(lines)
+    return "\n".join([*lines, *(_widths(manifest["widths"]) if manifest.get("widths") else ())])

@@ -32,6 +32,15 @@ def test_inspect_shows_what_is_there(
         assert part in table
 
 
+@pytest.mark.usefixtures("unproved")
+def test_inspect_shows_the_widths_of_a_smaller_model(dense: Path, ok: Ok) -> None:
+    ok("prune", dense, "-o", "out", *"--method magnitude --pattern uniform --sparsity 0.3 --keep-heads".split())
+    channels = json.loads(Path("out", "config.json").read_text(encoding="utf-8"))["intermediate_size"]
+    said = ok("inspect", "out")
+    assert f"every block keeps {channels} of 68 channels (mlp.down_proj)" in said
+    assert "left alone  self_attn.o_proj: kept as asked" in said
+
+
 def test_inspect_of_a_dense_model(dense: Path, ok: Ok) -> None:
     facts = strict_json(ok("inspect", dense, "--json"))
     assert (facts["sparsity"], facts["patterns"], facts["manifest"]) == (0, ["dense"], None)
