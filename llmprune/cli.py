@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 from llmprune.errors import InputError, memory_ran_out
 from llmprune.launch import all_ranks
 from llmprune.options import Batch, Debug, Device, Dtype, Json, Length, Model, Remote
+from llmprune.plan_command import plan_command
 from llmprune.prune_command import prune_command
 from llmprune.terminal import is_first, say
 
@@ -94,6 +95,7 @@ def _configure_logging(debug: bool) -> None:
     logging.getLogger("llmprune").setLevel((logging.DEBUG if debug else logging.INFO) if is_first() else logging.ERROR)
 
 
+app.command("plan")(plan_command)
 app.command("prune")(prune_command)
 
 

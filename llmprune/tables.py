@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from llmprune.blocks import Skipped
 from llmprune.config import PruneConfig
 from llmprune.planning import Plan
 from llmprune.report import Report
@@ -110,12 +112,8 @@ def plan_text(plan: Plan, config: PruneConfig) -> str:
         ),
         "",
     ]
-    skipped: dict[tuple[str, str], int] = {}
-    for one in plan.skipped:
-        skipped[(one.name.split(".")[-1], one.reason)] = skipped.get((one.name.split(".")[-1], one.reason), 0) + 1
-    lines += [f"skips       {count} x {name}: {reason}" for (name, reason), count in skipped.items()]
     lines += [
-        "skips       everything outside the blocks: embeddings, lm_head, final norm",
+        *skipped_lines(plan.skipped),
         *_removal(plan),
         f"passes      {plan.passes:.2f} forward passes of the decoder over {config.num_calibration_samples} windows "
         f"of {plan.seqlen} tokens",
@@ -124,6 +122,15 @@ def plan_text(plan: Plan, config: PruneConfig) -> str:
     gain = "both change with the parameters" if plan.structure else "unchanged: zeros are stored densely"
     lines += [f"size, speed {gain}", "dry run     nothing was touched"]
     return "\n".join(lines)
+
+
+def skipped_lines(skipped: Iterable[Skipped]) -> list[str]:
+    """What is not pruned, and why: one line for all that bear the same last name for the same reason."""
+    counts = Counter((one.name.split(".")[-1], one.reason) for one in skipped)
+    return [
+        *(f"skips       {count} x {name}: {reason}" for (name, reason), count in counts.items()),
+        "skips       everything outside the blocks: embeddings, lm_head, final norm",
+    ]
 
 
 def _removal(plan: Plan) -> list[str]:
