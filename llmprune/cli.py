@@ -12,6 +12,7 @@ import typer
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers.utils import logging as transformers_logging
 
+from llmprune.bench_command import bench_command
 from llmprune.errors import InputError, memory_ran_out
 from llmprune.launch import all_ranks
 from llmprune.options import Batch, Debug, Device, Dtype, Json, Length, Model, Remote
@@ -97,6 +98,7 @@ def _configure_logging(debug: bool) -> None:
 
 app.command("plan")(plan_command)
 app.command("prune")(prune_command)
+app.command("bench")(bench_command)
 
 
 @app.command("eval")

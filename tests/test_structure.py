@@ -24,8 +24,8 @@ LAYERS = (
     {"advice"},
     {"advice_text"},
     {"prune", "launch"},
-    {"commands", "demo"},
-    {"cli", "options", "plan_command", "prune_command", "terminal"},
+    {"bench", "commands", "demo"},
+    {"bench_command", "cli", "options", "plan_command", "prune_command", "terminal"},
 )
 
 
