@@ -23,7 +23,6 @@ from llmprune.tables import table
 SPARSITIES = (0.2, 0.35, 0.5)
 TURNS, PROMPT, NEW = 9, 8, 64
 LOADS = {"prefill": Load(1, LENGTH, 1), "decode": Load(1, PROMPT, NEW)}
-WORK = {"prefill": LENGTH, "decode": NEW}
 
 
 def compare(dense: PreTrainedModel, smaller: PreTrainedModel) -> dict[str, Any]:
@@ -31,7 +30,7 @@ def compare(dense: PreTrainedModel, smaller: PreTrainedModel) -> dict[str, Any]:
     row: dict[str, Any] = {}
     for name, load in LOADS.items():
         turns = alternate([partial(ACTIONS[name], model, load) for model in (smaller, dense)], TURNS)
-        found, ratios = figures(turns, WORK[name]), speedups(turns)
+        found, ratios = figures(turns, load.work(name)), speedups(turns)
         row |= {
             f"{name}_dense": found["dense_tokens_per_second"],
             f"{name}": found["tokens_per_second"],

@@ -8,7 +8,8 @@ from llmprune.tables import skipped_lines, table
 
 BASIS = (
     "expected    speeds are expectations, counted and not measured on this model (`llmprune bench` measures):",
-    "            zeros       none: dense kernels multiply them like other numbers, and the file stores them",
+    "            zeros       none: dense kernels multiply them like other numbers, and the file stores them (and the",
+    "                        biases that some methods add)",
     f"            2:4         packed in 16 bits a weight takes {PACKED} of its bytes: 1.78x at the sites where reading",
     "                        them takes the time (decoding), on an NVIDIA GPU of Ampere or later; packing is no",
     "                        part of this version",
@@ -66,12 +67,15 @@ def _needs_lines(advice: Advice) -> list[str]:
     there = f"{size(machine.memory)}"
     if machine.gpu:
         there += f" and {machine.gpu} with {size(machine.gpu_memory)}"
-    title = (
-        f"For {advice.windows} windows of {advice.seqlen} tokens: forward passes over them, and memory at most, by "
-        f"estimate and without the libraries. This machine has {there}"
-    )
+    title = f"Needed, with {advice.windows} windows of {advice.seqlen} tokens; this machine has {there}"
     rows = [(one.method, _patterns(one), f"{one.passes:.2f}", _memory(one), one.verdict) for one in advice.methods]
-    return [table(title, ("method, best first", "patterns", "passes", "memory", "here"), rows)]
+    return [
+        table(title, ("method, best first", "patterns", "passes", "memory", "here"), rows),
+        "",
+        "passes      forward passes of the decoder over the windows",
+        "memory      counted, without the libraries; measured peaks were up to twice as high, so that more than half",
+        "            of what is there is called close (eval/results/bench.csv)",
+    ]
 
 
 def _patterns(one: Needs) -> str:

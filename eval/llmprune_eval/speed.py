@@ -48,6 +48,10 @@ class Load:
                 "positions: pass a smaller --prompt or --new-tokens"
             )
 
+    def work(self, name: str) -> int:
+        """Tokens that an action reads or writes, of all sequences."""
+        return self.batch_size * {"prefill": self.prompt, "decode": self.new_tokens}[name]
+
     def tokens(self, model: PreTrainedModel) -> Tensor:
         """Random token ids [batch_size, prompt] on the model's device, the same for all models of a vocabulary."""
         embedding = model.get_input_embeddings().weight
@@ -181,9 +185,8 @@ def measure_speed(
         with tqdm(total=(turns + 1) * len(models), desc=f"{name}, batch {load.batch_size}", disable=None,
                   leave=False) as bar:  # fmt: skip
             rows = alternate(measures, turns, bar.update)
-        work = load.batch_size * (load.prompt if name == "prefill" else load.new_tokens)
         held = dict(zip(("peak_memory", "dense_peak_memory"), (peak[name] for peak in peaks), strict=False))
-        values = {**figures(rows, work), **held}
+        values = {**figures(rows, load.work(name)), **held}
         columns = ("seconds", "dense_seconds")
         samples = [{"turn": i, **dict(zip(columns, row, strict=False))} for i, row in enumerate(rows, start=1)]
         yield Part("speed", name, protocol, values, samples=samples, seconds=time.perf_counter() - begun)
