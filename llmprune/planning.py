@@ -16,6 +16,7 @@ from llmprune.patterns import RunPattern, Uniform
 from llmprune.recipe import Recipe
 from llmprune.structured.layout import check_alike
 from llmprune.structured.structure import Structure, make_structure
+from llmprune.structured.widths import can_narrow
 
 WEIGHTS, HIDDEN, BLOCK = "weights", "hidden states", "largest block on the device"
 DENSE = "dense values of one block, at most"
@@ -132,9 +133,15 @@ def _check_share(model: PreTrainedModel, blocks: list[Block], sparsity: float) -
     """What can be said about units without looking for them; leaves the sites that can have any.
 
     Raises:
-        InputError: the blocks differ, or too little lies outside the experts, which are left alone.
+        InputError: the blocks differ, the config cannot say that they are narrower, or too little lies outside the
+            experts, which are left alone.
     """
     check_alike(model)
+    if all(site.index is None for site in all_sites(blocks)) and not can_narrow(model):
+        raise InputError(
+            f"no entry of the config of {type(model).__name__} says that there are fewer channels: "
+            "--pattern uniform --dry-run tells whether heads can go"
+        )
     for block in blocks:
         block.sites = [site for site in block.sites if site.index is None]
     goal = sparsity * sum(block.parameters for block in blocks)

@@ -172,6 +172,18 @@ def test_a_pattern_that_is_impossible_says_why_and_the_others_stay() -> None:
     assert "up to" in bloom.recommendations[1].why
 
 
+@pytest.mark.parametrize(("name", "possible"), [
+    ("llama", True), ("phi3", True), ("gpt2", True), ("opt", True), ("falcon", True), ("bloom", False), ("mpt", False),
+])  # fmt: skip
+def test_a_config_that_cannot_say_narrower_is_known_without_running_a_block(
+    name: str, possible: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmprune.advice.PROBED", 0)
+    units = advise(FAMILIES[name].build()).patterns[2]
+    assert units.removed == (0.2 if possible else 0.0)
+    assert ("says that there are fewer channels" in units.problem) is not possible
+
+
 def test_experts_are_known_to_stay_without_running_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llmprune.advice.PROBED", 0)
     advice = advise(FAMILIES["mixtral"].build(), sparsity=0.5)
