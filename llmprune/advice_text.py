@@ -73,7 +73,7 @@ def _needs_lines(advice: Advice) -> list[str]:
         table(title, ("method, best first", "patterns", "passes", "memory", "here"), rows),
         "",
         "passes      forward passes of the decoder over the windows",
-        "memory      counted, without the libraries; measured peaks were up to twice as high, so that more than half",
+        "memory      counted, without the libraries; measured peaks were 1.5 to 2.1 times as high: more than half",
         "            of what is there is called close (eval/results/bench.csv)",
     ]
 
