@@ -30,8 +30,8 @@ PROBED = 4_000_000
 PACKED = 0.5625
 """Bytes of 2:4 weights in 16 bits, packed, over dense: of four, two values and two bits of place for each."""
 TIGHT = 1 / 2
-"""Share of the memory above which a need is called close: measured peaks, less the libraries, were 1.5 to 2.1 times what
-is counted here (eval/results/bench.csv)."""
+"""Share of the memory above which a need is called close: measured peaks, less the libraries, were 1.5 to 2.1 times
+what is counted here (eval/results/bench.csv)."""
 
 
 @dataclass(frozen=True)
