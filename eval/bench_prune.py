@@ -23,11 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from llmprune_eval.surroundings import versions
+from llmprune_eval.surroundings import peak_memory, versions
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from llmprune import PruneConfig, prune
-from llmprune.report import peak_memory
 from llmprune.tables import table
 from llmprune.walk import CPU_TOKENS
 

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import copy
 import csv
-import statistics
 import time
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-import torch
 from bench_prune import LENGTH, RESULTS, build, surroundings
-from torch import Tensor
+from llmprune_eval.speed import ACTIONS, Load, alternate, figures, speedups
 from transformers import PreTrainedModel
 
 from llmprune import PruneConfig, prune
@@ -24,48 +22,21 @@ from llmprune.tables import table
 
 SPARSITIES = (0.2, 0.35, 0.5)
 TURNS, PROMPT, NEW = 9, 8, 64
-ACTIONS = ("prefill", "decode")
-
-
-@torch.no_grad()
-def prefill(model: Any) -> int:
-    """Read one window; returns its tokens."""
-    model(input_ids=torch.arange(LENGTH)[None], use_cache=False)
-    return LENGTH
-
-
-def decode(model: Any) -> int:
-    """Write a sequence; returns its tokens."""
-    write(model, torch.arange(PROMPT)[None], NEW)
-    return NEW
-
-
-def write(model: Any, prompt: Tensor, tokens: int) -> None:
-    """Exactly so many tokens after a prompt [1, n], greedily."""
-    model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=tokens, min_new_tokens=tokens,
-                   do_sample=False, pad_token_id=0)  # fmt: skip
-
-
-def rate(action: Callable[[Any], int], model: PreTrainedModel) -> float:
-    """Tokens a second."""
-    start = time.perf_counter()
-    tokens = action(model)
-    return tokens / (time.perf_counter() - start)
+LOADS = {"prefill": Load(1, LENGTH, 1), "decode": Load(1, PROMPT, NEW)}
 
 
 def compare(dense: PreTrainedModel, smaller: PreTrainedModel) -> dict[str, Any]:
     """Rates of both, and the ratio with its range, each ratio taken within a turn."""
     row: dict[str, Any] = {}
-    for name, action in zip(ACTIONS, (prefill, decode), strict=True):
-        rate(action, dense), rate(action, smaller)  # warm up
-        turns = [(rate(action, dense), rate(action, smaller)) for _ in range(TURNS)]
-        ratios = sorted(ours / theirs for theirs, ours in turns)
+    for name, load in LOADS.items():
+        turns = alternate([partial(ACTIONS[name], model, load) for model in (smaller, dense)], TURNS)
+        found, ratios = figures(turns, load.work(name)), speedups(turns)
         row |= {
-            f"{name}_dense": statistics.median(theirs for theirs, _ in turns),
-            f"{name}": statistics.median(ours for _, ours in turns),
-            f"{name}_speedup": statistics.median(ratios),
-            f"{name}_min": ratios[0],
-            f"{name}_max": ratios[-1],
+            f"{name}_dense": found["dense_tokens_per_second"],
+            f"{name}": found["tokens_per_second"],
+            f"{name}_speedup": found["speedup"],
+            f"{name}_min": min(ratios),
+            f"{name}_max": max(ratios),
         }
     return row
 
@@ -91,7 +62,7 @@ def show(rows: list[dict[str, Any]]) -> str:
     """The table."""
     cells = [
         (f"{r['sparsity']:.0%}", f"{r['parameter_ratio']:.2f}",
-         *(text for name in ACTIONS for text in (
+         *(text for name in LOADS for text in (
              f"{r[f'{name}_dense']:.0f} -> {r[name]:.0f}",
              f"{r[f'{name}_speedup']:.2f} ({r[f'{name}_min']:.2f}-{r[f'{name}_max']:.2f})",
          )))

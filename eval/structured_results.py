@@ -15,11 +15,12 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
-from bench_smaller import write
 from llmprune_eval import evaluate
+from llmprune_eval.speed import ACTIONS, Load, alternate, speedups
 from llmprune_eval.surroundings import versions
 from make_results import RESULTS, SHARED, Task, commands, evaluation_windows, located
 from make_results import TASKS as WHOLE
@@ -92,8 +93,8 @@ def _facts(result: Any, dense: PreTrainedModel, windows: Tensor) -> dict[str, An
         "widths": " ".join(f"{k['after']}/{k['before']} {k['units']}" for k in report.widths["kinds"]),
         "calibration_sha256": report.calibration["sha256"],
         "dense_pass_seconds": _seconds(lambda: dense(input_ids=windows[:8], use_cache=False)) * count / 8,
-        "prefill_speedup": _ratio(dense, model, lambda m: m(input_ids=windows[:1, :PROMPT], use_cache=False)),
-        "decode_speedup": _ratio(dense, model, lambda m: write(m, windows[:1, :8], NEW)),
+        "prefill_speedup": _speedup(dense, model, "prefill", Load(1, PROMPT, NEW)),
+        "decode_speedup": _speedup(dense, model, "decode", Load(1, 8, NEW)),
     }
 
 
@@ -109,10 +110,10 @@ def _seconds(action: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def _ratio(dense: PreTrainedModel, model: PreTrainedModel, action: Callable[[Any], object]) -> float:
-    """How much faster `model` is: median of ratios taken in turn."""
-    action(dense), action(model)
-    return statistics.median(_seconds(lambda: action(dense)) / _seconds(lambda: action(model)) for _ in range(TURNS))
+def _speedup(dense: PreTrainedModel, model: PreTrainedModel, name: str, load: Load) -> float:
+    """How many times as fast `model` is: median of ratios taken in turn."""
+    turns = alternate([partial(ACTIONS[name], one, load) for one in (model, dense)], TURNS)
+    return statistics.median(speedups(turns))
 
 
 def _commands(task: Task, options: dict[str, Any], sparsity: str) -> dict[str, str]:

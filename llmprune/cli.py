@@ -12,9 +12,11 @@ import typer
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers.utils import logging as transformers_logging
 
+from llmprune.bench_command import bench_command
 from llmprune.errors import InputError, memory_ran_out
 from llmprune.launch import all_ranks
 from llmprune.options import Batch, Debug, Device, Dtype, Json, Length, Model, Remote
+from llmprune.plan_command import plan_command
 from llmprune.prune_command import prune_command
 from llmprune.terminal import is_first, say
 
@@ -94,7 +96,9 @@ def _configure_logging(debug: bool) -> None:
     logging.getLogger("llmprune").setLevel((logging.DEBUG if debug else logging.INFO) if is_first() else logging.ERROR)
 
 
+app.command("plan")(plan_command)
 app.command("prune")(prune_command)
+app.command("bench")(bench_command)
 
 
 @app.command("eval")

@@ -12,9 +12,17 @@ from llmprune.blocks import Block, Skipped, all_sites, survey
 from llmprune.calibration import window_length
 from llmprune.config import PruneConfig
 from llmprune.errors import InputError
-from llmprune.patterns import Columns, Uniform
+from llmprune.patterns import Columns, RunPattern, Uniform
 from llmprune.recipe import Recipe
+from llmprune.structured.layout import check_alike
 from llmprune.structured.structure import Structure, make_structure
+from llmprune.structured.widths import can_narrow
+
+WEIGHTS, HIDDEN, BLOCK = "weights", "hidden states", "largest block on the device"
+DENSE = "dense values of one block, at most"
+LEARNING = "learning: activations and logits of a batch, beside all weights"
+ON_HOST = frozenset({WEIGHTS, HIDDEN, DENSE})
+"""What a Plan's memory counts that waits on the CPU where the block at work computes on another device."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +30,7 @@ class Plan:
     """The blocks with their sites, and the run's needs.
 
     Attributes:
-        sparsity: asked for, of the sites or of the decoder.
+        pattern: asked for, with its sparsity of the sites or of the decoder.
         blocks: every decoder block, with the sites to prune and what is skipped.
         decoder_parameters: all parameters of the blocks.
         model_parameters: all parameters of the model, tied ones once.
@@ -30,10 +38,10 @@ class Plan:
         seqlen: tokens per calibration window.
         passes: forward passes through the decoder that calibration costs, at most.
         memory: bytes, by what they are for.
-        structure: with a uniform pattern, the units and how many stay.
+        structure: with a uniform pattern, the units and how many stay; None if they were not looked for.
     """
 
-    sparsity: float
+    pattern: RunPattern
     blocks: list[Block]
     decoder_parameters: int
     model_parameters: int
@@ -45,10 +53,10 @@ class Plan:
 
     @property
     def removed(self) -> float:
-        """Share of the decoder's parameters that will be pruned."""
+        """Share of the decoder's parameters that will be pruned; where units were not looked for, the share asked."""
         if self.structure is not None:
             return self.structure.removed * len(self.blocks) / self.decoder_parameters
-        return self.share * self.sparsity
+        return self.pattern.sparsity * (1 if isinstance(self.pattern, Uniform) else self.share)
 
     @property
     def share(self) -> float:
@@ -56,13 +64,33 @@ class Plan:
         return self.site_parameters / self.decoder_parameters
 
     @property
+    def host_memory(self) -> int:
+        """Bytes, where the block at work computes on another device."""
+        return sum(size for what, size in self.memory.items() if what in ON_HOST)
+
+    @property
+    def device_memory(self) -> int:
+        """Bytes on that device, in the walk or before it, where masks are learned on the whole model."""
+        walk = sum(size for what, size in self.memory.items() if what not in ON_HOST | {LEARNING})
+        return max(walk, self.memory[WEIGHTS] + self.memory[LEARNING]) if LEARNING in self.memory else walk
+
+    @property
+    def cpu_memory(self) -> int:
+        """Bytes, where the CPU does everything: its block at work is one of the weights."""
+        return sum(size for what, size in self.memory.items() if what != BLOCK)
+
+    @property
     def skipped(self) -> list[Skipped]:
         """What is not pruned, over all blocks."""
         return [skipped for block in self.blocks for skipped in block.skipped]
 
 
-def make_plan(model: PreTrainedModel, config: PruneConfig) -> Plan:
+def make_plan(model: PreTrainedModel, config: PruneConfig, *, probe: bool = True) -> Plan:
     """Survey a model (on any device, also meta) and check that the pattern fits every site.
+
+    Args:
+        probe: False leaves the units of a uniform pattern unsought, which takes one real block in float32. Memory is
+            then that of every site but the experts, which is too much.
 
     Raises:
         InputError: as `survey`, or a width that the pattern does not divide, or too long windows.
@@ -70,7 +98,9 @@ def make_plan(model: PreTrainedModel, config: PruneConfig) -> Plan:
     blocks = survey(model, config.targets, config.ignore)
     recipe = config.make_recipe()
     structure = None
-    if isinstance(recipe.pattern, Uniform):
+    if isinstance(recipe.pattern, Uniform) and not probe:
+        _check_share(model, blocks, recipe.pattern.sparsity)
+    elif isinstance(recipe.pattern, Uniform):
         structure = make_structure(
             model,
             blocks,
@@ -87,7 +117,7 @@ def make_plan(model: PreTrainedModel, config: PruneConfig) -> Plan:
     seqlen = window_length(model, config.max_seq_length)
     data = bool(recipe.needs) or config.dataset is not None
     return Plan(
-        sparsity=recipe.pattern.sparsity,
+        pattern=recipe.pattern,
         blocks=blocks,
         decoder_parameters=sum(block.parameters for block in blocks),
         model_parameters=sum(p.numel() for p in model.parameters()),
@@ -97,6 +127,30 @@ def make_plan(model: PreTrainedModel, config: PruneConfig) -> Plan:
         memory=_memory(model, blocks, config, seqlen, recipe, data),
         structure=structure,
     )
+
+
+def _check_share(model: PreTrainedModel, blocks: list[Block], sparsity: float) -> None:
+    """What can be said about units without looking for them; leaves the sites that can have any.
+
+    Raises:
+        InputError: the blocks differ, the config cannot say that they are narrower, or too little lies outside the
+            experts, which are left alone.
+    """
+    check_alike(model)
+    if all(site.index is None for site in all_sites(blocks)) and not can_narrow(model):
+        raise InputError(
+            f"no entry of the config of {type(model).__name__} says that there are fewer channels: "
+            "--pattern uniform --dry-run tells whether heads can go"
+        )
+    for block in blocks:
+        block.sites = [site for site in block.sites if site.index is None]
+    goal = sparsity * sum(block.parameters for block in blocks)
+    there = sum(site.shape[0] * site.shape[1] for site in all_sites(blocks))
+    if there < goal:
+        raise InputError(
+            f"{goal:,.0f} parameters of the decoder are to go, and only {there:,} lie outside its experts, which are "
+            "left alone: ask for a smaller sparsity"
+        )
 
 
 def _passes(recipe: Recipe, config: PruneConfig, blocks: int) -> float:
@@ -116,6 +170,12 @@ def _activations(model: PreTrainedModel, blocks: list[Block], config: PruneConfi
     return tokens * (width * item + vocabulary * (2 * item + 16))
 
 
+def _pairs(blocks: list[Block]) -> int:
+    """Bytes of the Gram matrices by which KV groups are ordered before anything is learned."""
+    patterns = [(site.pattern, site.shape[1]) for site in all_sites(blocks)]
+    return sum(4 * width**2 for pattern, width in patterns if isinstance(pattern, Columns) and pattern.size > 1)
+
+
 def _memory(
     model: PreTrainedModel, blocks: list[Block], config: PruneConfig, seqlen: int, recipe: Recipe, data: bool
 ) -> dict[str, int]:
@@ -126,11 +186,9 @@ def _memory(
     tokens = config.num_calibration_samples * seqlen if data else 0
     dense, needs = recipe.target == "dense", recipe.needs
     memory = {
-        "weights": sum(p.numel() * p.element_size() for p in model.parameters()),
-        "hidden states": tokens * hidden_size * item * (2 if dense else 1),
-        "largest block on the device": max(
-            sum(p.numel() * p.element_size() for p in block.module.parameters()) for block in blocks
-        ),
+        WEIGHTS: sum(p.numel() * p.element_size() for p in model.parameters()),
+        HIDDEN: tokens * hidden_size * item * (2 if dense else 1),
+        BLOCK: max(sum(p.numel() * p.element_size() for p in block.module.parameters()) for block in blocks),
         "statistics of one block, at most": max(
             sum(4 * i * (2 if needs <= {"moments"} else i) + 4 * o * i * dense for o, i in block) if needs else 0
             for block in shapes
@@ -138,19 +196,13 @@ def _memory(
         "largest site in float32, three copies": max(12 * site.shape[0] * site.shape[1] for site in all_sites(blocks)),
     }
     if dense:
-        memory["dense values of one block, at most"] = max(
-            tokens * item * (hidden_size + sum(min(shape) for shape in block)) for block in shapes
-        )
+        memory[DENSE] = max(tokens * item * (hidden_size + sum(min(shape) for shape in block)) for block in shapes)
     if recipe.sequential == "site":
         memory["micro-batches that wait on the device"] = max(
             tokens * item * (2 * hidden_size + max((i for _, i in block), default=0)) for block in shapes
         )
     if recipe.criterion.learning_passes(config.learning):
-        needed = _activations(model, blocks, config, seqlen)
-        memory["learning: activations and logits of a batch, beside all weights"] = needed
-    if recipe.criterion.learns:
-        groups = [s.shape[1] for s in all_sites(blocks) if isinstance(s.pattern, Columns) and s.pattern.size > 1]
-        memory["learning: pairs of features before it, to order the KV groups"] = sum(4 * width**2 for width in groups)
+        memory[LEARNING] = max(_activations(model, blocks, config, seqlen), _pairs(blocks) * recipe.criterion.learns)
     return memory
 
 

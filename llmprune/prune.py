@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from llmprune_eval.surroundings import peak_memory
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -27,7 +28,7 @@ from llmprune.loading import check_finite, load_model, load_tokenizer
 from llmprune.planning import Plan, make_plan
 from llmprune.ready_windows import Windows, as_windows
 from llmprune.recipe import Recipe
-from llmprune.report import BlockReport, Report, SiteReport, peak_memory
+from llmprune.report import BlockReport, Report, SiteReport
 from llmprune.sites import Site
 from llmprune.structured.structure import Structure
 from llmprune.structured.task import Task

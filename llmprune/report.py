@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import sys
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import psutil
 from llmprune_eval.surroundings import versions
 
 SCHEMA = 1
@@ -174,14 +172,3 @@ def _exp(loss: float | None) -> float | None:
 def _finite(value: float | None) -> float | None:
     """JSON has no infinity."""
     return value if value is not None and math.isfinite(value) else None
-
-
-def peak_memory() -> int:
-    """Peak resident set size of this process in bytes."""
-    if sys.platform == "win32":
-        windows: int = psutil.Process().memory_info().peak_wset
-        return windows
-    import resource  # not on Windows
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

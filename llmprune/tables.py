@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from llmprune_eval.result import Part, Result
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from llmprune.blocks import Skipped
 from llmprune.config import PruneConfig
 from llmprune.planning import Plan
 from llmprune.report import Report
@@ -110,12 +113,8 @@ def plan_text(plan: Plan, config: PruneConfig) -> str:
         ),
         "",
     ]
-    skipped: dict[tuple[str, str], int] = {}
-    for one in plan.skipped:
-        skipped[(one.name.split(".")[-1], one.reason)] = skipped.get((one.name.split(".")[-1], one.reason), 0) + 1
-    lines += [f"skips       {count} x {name}: {reason}" for (name, reason), count in skipped.items()]
     lines += [
-        "skips       everything outside the blocks: embeddings, lm_head, final norm",
+        *skipped_lines(plan.skipped),
         *_removal(plan),
         f"passes      {plan.passes:.2f} forward passes of the decoder over {config.num_calibration_samples} windows "
         f"of {plan.seqlen} tokens",
@@ -124,6 +123,15 @@ def plan_text(plan: Plan, config: PruneConfig) -> str:
     gain = "both change with the parameters" if plan.structure else "unchanged: zeros are stored densely"
     lines += [f"size, speed {gain}", "dry run     nothing was touched"]
     return "\n".join(lines)
+
+
+def skipped_lines(skipped: Iterable[Skipped]) -> list[str]:
+    """What is not pruned, and why: one line for all that bear the same last name for the same reason."""
+    counts = Counter((one.name.split(".")[-1], one.reason) for one in skipped)
+    return [
+        *(f"skips       {count} x {name}: {reason}" for (name, reason), count in counts.items()),
+        "skips       everything outside the blocks: embeddings, lm_head, final norm",
+    ]
 
 
 def _removal(plan: Plan) -> list[str]:
@@ -182,3 +190,41 @@ def inspection_text(folder: str, facts: dict[str, Any], manifest: dict[str, Any]
         f"versions    {', '.join(f'{k} {v}' for k, v in manifest.get('versions', {}).items())}",
     ]
     return "\n".join([*lines, *(_widths(manifest["widths"]) if manifest.get("widths") else ())])
+
+
+def speed_text(result: Result, count: int) -> str:
+    """The last `count` parts of a result, which are speeds: rates with their spread, speed-ups, memory."""
+    parts = result.parts[-count:]
+    protocol = parts[0].protocol
+    against = protocol["against"]
+    columns = ["", "batch", "tokens/s", "p10 to p90", "memory"]
+    if against is not None:
+        columns += ["dense tokens/s", "memory", "speed-up", "p10 to p90"]
+    lines = [
+        table(f"{result.model['name']} on {protocol['device']}", columns, map(_speed_row, parts)),
+        "",
+        f"protocol    prompt of {protocol['prompt']} tokens, {protocol['new_tokens']} new ones, medians of "
+        f"{protocol['turns']} turns after one to warm up; {protocol['dtype']}, attention {protocol['attention']}",
+        f"memory      {protocol['memory']}",
+    ]
+    if against is not None:
+        lines.insert(2, f"dense       {against['name']}, timed in turn; ratios are taken within a turn")
+    return "\n".join([*lines, *[f"saved       {result.path}"] * (result.path is not None)])
+
+
+def _speed_row(part: Part) -> list[str]:
+    values = part.values
+    row = [part.name, str(part.protocol["batch_size"]), _rate(values["tokens_per_second"]),
+           f"{_rate(values['p10'])} to {_rate(values['p90'])}", _megabytes(values["peak_memory"])]  # fmt: skip
+    if "speedup" in values:
+        row += [_rate(values["dense_tokens_per_second"]), _megabytes(values["dense_peak_memory"]),
+                f"{values['speedup']:.2f}", f"{values['speedup_p10']:.2f} to {values['speedup_p90']:.2f}"]  # fmt: skip
+    return row
+
+
+def _rate(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.0f}" if value >= 100 else number(value, 3)
+
+
+def _megabytes(size: float | None) -> str:
+    return "-" if size is None else f"{size / 1e6:,.0f} MB"

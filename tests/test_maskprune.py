@@ -281,7 +281,7 @@ def test_the_estimate_counts_what_learning_costs() -> None:
     }
     assert plans[40].passes - plans[10].passes == pytest.approx(4 * 30)
     needed = [size for what, size in plans[40].memory.items() if what.startswith("learning")]
-    assert needed[0] > 0 and needed[1:] == [3 * 4 * 32**2]  # a Gram matrix of each block's output projection
+    assert len(needed) == 1 and needed[0] > 3 * 4 * 32**2  # a Gram matrix of each block's output projection
     saving = PruneConfig(method="maskprune", learning=LearningOptions(checkpointing=True), dataset="x.txt")
     assert sum(make_plan(make_llama(), saving).memory.values()) < sum(plans[40].memory.values())
     one_shot = make_plan(make_llama(), PruneConfig(method="wanda", pattern="uniform", dataset="x.txt"))

@@ -20,9 +20,12 @@ LAYERS = (
     {"wiring", "learning", "collect", "dense_side", "targets", "criteria", "report", "structured"},
     {"orders", "walk", "recipe", "config"},
     {"calibration", "planning", "checkpoint", "inspection", "tables"},
+    {"outlook"},
+    {"advice"},
+    {"advice_text"},
     {"prune", "launch"},
-    {"commands", "demo"},
-    {"cli", "options", "prune_command", "terminal"},
+    {"bench", "commands", "demo"},
+    {"bench_command", "cli", "options", "plan_command", "prune_command", "terminal"},
 )
 
 

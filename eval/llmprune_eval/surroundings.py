@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import psutil
 import torch
@@ -34,3 +36,22 @@ def hardware() -> dict[str, str | int]:
     if torch.cuda.is_available():
         found |= {"gpu": torch.cuda.get_device_name(), "gpus": torch.cuda.device_count()}
     return found
+
+
+def peak_memory() -> int:
+    """Peak resident set size of this process in bytes.
+
+    Linux counts what a process was started from to its ru_maxrss, but not to the VmHWM of its own address space.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        line = next((line for line in status.read_text().splitlines() if line.startswith("VmHWM:")), None)
+        if line is not None:
+            return int(line.split()[1]) * 1024
+    if sys.platform == "win32":
+        windows: int = psutil.Process().memory_info().peak_wset
+        return windows
+    import resource  # not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -91,7 +91,7 @@ def find_layout(model: PreTrainedModel) -> Layout:
     Raises:
         InputError: its blocks differ in shape, or cannot be probed.
     """
-    _check_alike(model)
+    check_alike(model)
     probe = _Probe(model)
     kinds, tied = [], []
     for site, x in probe.inputs_of_projections():
@@ -103,7 +103,7 @@ def find_layout(model: PreTrainedModel) -> Layout:
     return Layout(tuple(kinds), tuple(tied))
 
 
-def _check_alike(model: PreTrainedModel) -> None:
+def check_alike(model: PreTrainedModel) -> None:
     """Raise InputError unless all blocks have parameters of the same names and shapes."""
     blocks = find_blocks(model)
     first = {name: parameter.shape for name, parameter in blocks[0][1].named_parameters()}

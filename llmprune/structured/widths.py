@@ -169,6 +169,29 @@ def changed_config(config: PretrainedConfig, changes: Mapping[str, int]) -> Pret
     return changed
 
 
+def can_narrow(model: PreTrainedModel) -> bool:
+    """True if some entry of the config takes one input from a matrix of the blocks and changes nothing outside of them.
+
+    That is what channels need. It is known without looking for units, from the shapes of a block on the meta device.
+    """
+    shapes, path = _shapes(model, {}), find_blocks(model)[0][0]
+    if shapes is None:
+        return False
+    inside = {name for name in shapes if name.startswith(f"{path}.")}
+    text = model.config.get_text_config(decoder=True)
+    for width in {size for name in inside if len(shapes[name]) == 2 for size in shapes[name]}:
+        for name, value in vars(text).items():
+            if value is not None and (value != width or isinstance(value, bool)):
+                continue
+            changed = _shapes(model, {name: width - 1})
+            if changed is None or changed.keys() != shapes.keys():
+                continue
+            moved = {key for key in shapes if shapes[key] != changed[key]}
+            if moved and moved <= inside and any(width in shapes[key] and width - 1 in changed[key] for key in moved):
+                return True
+    return False
+
+
 def _candidates(config: PretrainedConfig, kind: Kind, count: int) -> list[dict[str, int]]:
     """What may say that there are `count` units: a number that is theirs, or the numbers of heads together."""
     text = config.get_text_config(decoder=True)
