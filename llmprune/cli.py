@@ -6,6 +6,7 @@ import json
 import logging
 import sys
 import traceback
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -140,6 +141,19 @@ def inspect_command(
     from llmprune.commands import run_inspect
 
     say(run_inspect(folder, as_json))
+
+
+@app.command("compare")
+def compare_command(
+    models: Annotated[list[Path], typer.Argument(help="Folders that llmprune wrote, or result files of `eval`.")],
+    html: Annotated[Path | None, typer.Option("--html", help="Also write one self-contained page.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Models side by side: size, quality, speed; figures of one protocol only share a column."""
+    from llmprune.compare import run_compare
+
+    say(run_compare(models, html, as_json))
 
 
 @app.command("methods")
