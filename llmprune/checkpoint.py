@@ -107,7 +107,7 @@ def save_checkpoint(
 
 
 def _saved(model: PreTrainedModel, folder: Path, base: str) -> dict[str, int | None]:
-    """What the files hold: bytes of weights, here and in the model that was pruned, if that is a folder; counts of parameters."""
+    """Bytes of weights, here and in the model that was pruned, if that is a folder; parameters, and those not zero."""
     here, there = (sum(f.stat().st_size for f in Path(p).glob("*.safetensors")) for p in (folder, base))
     parameters = list(model.parameters())
     counts = {

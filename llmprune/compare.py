@@ -17,7 +17,7 @@ from llmprune.pages.grids import Grid, candidate_grid
 from llmprune.pages.page import figure_grids, render
 from llmprune.tables import table
 
-NARROW = 4
+NARROW = 3
 """Figures beside each other in the terminal."""
 
 

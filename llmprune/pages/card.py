@@ -133,7 +133,7 @@ def _load(folder: Path, name: str, manifest: dict[str, Any]) -> str:
 def _markdown(grid: Grid) -> list[str]:
     """A table, with the number of each column's protocol."""
     heads = [_cell(name) + (f" [{note}]" if note else "") for name, note in zip(grid.columns, grid.notes, strict=True)]
-    rows = [[_cell(row[0]) + " (dense)" * (i in grid.dense), *map(_cell, row[1:])] for i, row in enumerate(grid.rows)]
+    rows = [list(map(_cell, row)) for row in grid.rows]
     rule = ["---", *["---:"] * (len(heads) - 1)]
     return ["| " + " | ".join(cells) + " |" for cells in (heads, rule, *rows)]
 

@@ -14,7 +14,7 @@ from typing import Any
 from llmprune_eval.result import KINDS, Part
 
 from llmprune.errors import InputError
-from llmprune.pages.candidates import Candidate, same_model, with_dense
+from llmprune.pages.candidates import HELD_OUT, Candidate, same_model, with_dense
 from llmprune.pages.figures import FIGURES, Figure, words
 
 DENSE = "dense_"
@@ -42,7 +42,6 @@ class Column:
         figure: its name among their values.
         protocol: what all of them have in common.
         cells: by the candidate's place.
-        parts: behind the cells.
         heading: words that tell it from the others.
     """
 
@@ -51,7 +50,6 @@ class Column:
     figure: str
     protocol: dict[str, Any]
     cells: dict[int, Cell] = field(default_factory=dict)
-    parts: list[Part] = field(default_factory=list)
     heading: str = ""
 
     @property
@@ -96,14 +94,18 @@ def compare(candidates: Sequence[Candidate]) -> Comparison:
     for i, one in enumerate(rows):
         for part in one.parts:
             _add(columns, part, i, rows)
-    ordered = sorted(columns.values(), key=lambda column: KINDS.index(column.kind) if column.kind in KINDS else 99)
+    ordered = list(columns.values())
     if len(candidates) > 1 and not any(len(column.cells) > 1 for column in _between(ordered, rows, candidates)):
         raise InputError(_nothing_common(candidates))
     mean = _mean_accuracy(ordered)
-    comparison = Comparison(rows, [*ordered, *([mean] if mean else [])])
-    comparison.columns.sort(key=lambda column: KINDS.index(column.kind) if column.kind in KINDS else 99)
-    _name(comparison.columns)
-    return comparison
+    ordered = sorted([*ordered, *([mean] if mean else [])], key=_order)
+    _name(ordered)
+    return Comparison(rows, ordered)
+
+
+def _order(column: Column) -> tuple[int, bool]:
+    """By kind; what was left over from calibration behind what was chosen for evaluation."""
+    return (*KINDS, column.kind).index(column.kind), column.name == HELD_OUT
 
 
 def _add(columns: dict[str, Column], part: Part, place: int, rows: Sequence[Candidate]) -> None:
@@ -125,15 +127,17 @@ def _add(columns: dict[str, Column], part: Part, place: int, rows: Sequence[Cand
         limits = (spread[0], spread[1]) if own and figure == "tokens_per_second" and len(spread) == 2 else None
         if own or row not in column.cells:
             column.cells[row] = Cell(value, part.stderr.get(name), limits)  # type: ignore[arg-type]
-        if part not in column.parts:
-            column.parts.append(part)
+        if figure == "speedup":
+            column.cells.setdefault(_dense_place(part, rows[place], rows), Cell(1.0))
+            column.cells.pop(-1, None)
 
 
 def _protocol(part: Part, figure: str) -> dict[str, Any]:
     """What two figures must share: the reference only where it is part of the figure, the machine for speed."""
     relative = FIGURES.get(figure, Figure("")).relative
     found = {k: v for k, v in part.protocol.items() if relative or not k.startswith("against")}
-    return {**found, **part.hardware} if part.kind == "speed" else found
+    machine = {k: v for k, v in part.hardware.items() if k != "memory"}  # its last bytes differ from start to start
+    return {**found, **machine} if part.kind == "speed" else found
 
 
 def _dense_place(part: Part, own: Candidate, rows: Sequence[Candidate]) -> int:

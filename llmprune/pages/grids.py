@@ -51,9 +51,9 @@ def _facts(one: Candidate) -> list[str]:
     counts = [f"{n:,}" if n is not None else "-" for n in (one.parameters, one.nonzero)]
     last = [*counts, size(one.bytes)]
     if one.manifest is None:
-        return [one.name, "dense" if one.dense else "not said", "-", "-", "-", *last]
+        return [shown(one), "dense" if one.dense else "not said", "-", "-", "-", *last]
     manifest = one.manifest
-    return [one.name, manifest["config"]["method"], manifest["pattern"], f"{manifest['sparsity']:.1%}",
+    return [shown(one), manifest["config"]["method"], manifest["pattern"], f"{manifest['sparsity']:.1%}",
             f"{manifest['decoder_share']:.1%}", *last]  # fmt: skip
 
 
@@ -63,7 +63,7 @@ def figure_grid(comparison: Comparison, columns: Sequence[Column]) -> Grid:
     best = {(column.best(comparison.pruned), c + 1) for c, column in enumerate(columns)}
     return Grid(
         ["model", *(column.heading for column in columns)],
-        [[comparison.candidates[i].name, *(cell_text(column, i) for column in columns)] for i in places],
+        [[shown(comparison.candidates[i]), *(cell_text(column, i) for column in columns)] for i in places],
         ["", *(str(comparison.columns.index(column) + 1) for column in columns)],
         frozenset((places.index(row), c) for row, c in best if row is not None),
         frozenset(places.index(i) for i in _dense(comparison) if i in places),
@@ -79,6 +79,11 @@ def cell_text(column: Column, place: int) -> str:
     if cell.stderr is not None:
         return f"{text} ± {number(cell.stderr, 2)}"
     return f"{text} ({number(cell.spread[0], 3)} to {number(cell.spread[1], 3)})" if cell.spread else text
+
+
+def shown(one: Candidate) -> str:
+    """The name, with a word for the model that is not pruned."""
+    return f"{one.name} (dense)" if one.dense and one.name != "dense" else one.name
 
 
 def _dense(comparison: Comparison) -> frozenset[int]:

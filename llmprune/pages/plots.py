@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 INK = {"light": ("#1d2129", "#c9cdd4"), "dark": ("#e4e6ea", "#4a4f57")}
 """Of text and lines, and of the grid, by theme; the ground is the page's own."""
+SPEEDS = ("speedup", "tokens_per_second")
 POINTS = {"light": "#b4451f", "dark": "#ff9a6b"}
 
 
@@ -89,16 +90,16 @@ def _qualities(comparison: Comparison) -> list[Column]:
     perplexities = [c for c in comparison.of_kind("perplexity") if c.figure == "perplexity" and len(c.cells) > 1]
     accuracies = [c for c in comparison.of_kind("task") if c.figure == "acc" and len(c.cells) > 1]
     means = [column for column in accuracies if column.name == MEAN]
-    # of as many, the text that was chosen for evaluation rather than what was left over from calibration
-    best = sorted(perplexities, key=lambda c: (len(c.cells), "holdout" not in c.protocol))[-1:]
-    return best + (means or sorted(accuracies, key=lambda c: len(c.cells))[-1:])
+    return [max(some, key=lambda c: len(c.cells)) for some in (perplexities, means or accuracies) if some]
 
 
 def _speeds(comparison: Comparison) -> list[Column]:
-    """Of each thing that was timed, the protocol that most models have."""
-    timed = [c for c in comparison.of_kind("speed") if c.figure == "tokens_per_second" and len(c.cells) > 1]
+    """Of each thing that was timed, the protocol that most models have; rather relative to dense, within one run."""
+    timed = [c for c in comparison.of_kind("speed") if c.figure in SPEEDS and len(c.cells) > 1]
     names = dict.fromkeys(column.name for column in timed)
-    return [max((c for c in timed if c.name == name), key=lambda c: len(c.cells)) for name in names]
+    return [
+        max((c for c in timed if c.name == name), key=lambda c: (c.figure == SPEEDS[0], len(c.cells))) for name in names
+    ]
 
 
 def _against_size(comparison: Comparison, quality: Column) -> list[Picture]:
