@@ -18,8 +18,9 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $(READY)
 
-demo: $(READY) ## prune the embedded model by six methods and show what each cost (under 90 s)
-	$(BIN)/llmprune demo
+demo: $(READY) ## prune the embedded model by six methods and show what each cost, also as a page (under 90 s)
+	mkdir -p build
+	$(BIN)/llmprune demo --html build/demo.html
 
 test: $(READY) ## run the test suite
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests

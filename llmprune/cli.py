@@ -170,8 +170,12 @@ def methods_command(as_json: Json = False, debug: Debug = False) -> None:
 
 
 @app.command("demo")
-def demo_command(as_json: Json = False, debug: Debug = False) -> None:
-    """Prune the embedded model by five methods and show what each cost. No network, no data needed."""
+def demo_command(
+    html: Annotated[Path, typer.Option("--html", help="The page that is written.")] = Path("llmprune-demo.html"),
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Prune the embedded model by every kind of method and show what each cost. No network, no data needed."""
     from llmprune.demo.run import run_demo
 
-    say(run_demo(as_json))
+    say(run_demo(as_json, html))

@@ -64,9 +64,7 @@ def comparison_text(comparison: Comparison) -> str:
 
 def _drawn(title: str, grid: Grid) -> str:
     heads = [name + (f" [{note}]" if note else "") for name, note in zip(grid.columns, grid.notes, strict=True)]
-    rows = [[row[0] + (" (dense)" if i in grid.dense else ""), *(
-        cell + ("*" if (i, c) in grid.best else "") for c, cell in enumerate(row[1:], start=1))]
-        for i, row in enumerate(grid.rows)]  # fmt: skip
+    rows = [[cell + "*" * ((i, c) in grid.best) for c, cell in enumerate(row)] for i, row in enumerate(grid.rows)]
     return table(title + (" (* the best of the pruned)" if grid.best else ""), heads, rows)
 
 

@@ -42,7 +42,7 @@ class Heat:
 
 def candidate_grid(comparison: Comparison) -> Grid:
     """What each model is."""
-    columns = ["model", "method", "pattern", "pruned", "of the decoder", "parameters", "not zero", "size on disk"]
+    columns = ["model", "method", "pattern", "sparsity", "of the decoder", "parameters", "not zero", "size on disk"]
     rows = [_facts(one) for one in comparison.candidates]
     return _without_empty(Grid(columns, rows, [""] * len(columns), dense=_dense(comparison)))
 

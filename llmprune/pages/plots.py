@@ -55,7 +55,7 @@ def draw(title: str, text: str, figure: Callable[[str], Figure]) -> Picture:
     for theme, (ink, grid) in INK.items():
         colours: Any = {"text.color": ink, "axes.labelcolor": ink, "axes.edgecolor": ink, "xtick.color": ink,
                    "ytick.color": ink, "grid.color": grid, "legend.labelcolor": ink, "legend.framealpha": 0.0,
-                   "font.size": 10, "svg.hashsalt": "llmprune", "axes.facecolor": "none"}  # fmt: skip
+                   "font.size": 11.5, "svg.hashsalt": "llmprune", "axes.facecolor": "none"}  # fmt: skip
         with matplotlib.rc_context(colours), io.BytesIO() as file:
             figure(POINTS[theme]).savefig(file, format="svg", transparent=True, metadata={"Date": None})
             drawn[theme] = "data:image/svg+xml;base64," + base64.b64encode(file.getvalue()).decode("ascii")
@@ -133,12 +133,16 @@ def _scatter(comparison: Comparison, quality: Column, label: str, values: Mappin
 def _points(points: Sequence[Point], label: str, quality: Column, colour: str) -> Figure:
     """Points with their names in a column at the right, apart from each other, each tied to its point."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator
 
-    figure = Figure(figsize=(5.2, max(3.2, 0.24 * len(points) + 1.0)), layout="constrained")
+    figure = Figure(figsize=(4.8, max(3.2, 0.24 * len(points) + 1.0)), layout="constrained")
     axes: Any = figure.subplots()
     values = [p.y for p in points]
     if min(values) > 0 and max(values) > 4 * min(values):
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7), numticks=20))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_locator(NullLocator())
     for point in points:
         face = "none" if point.dense else colour
         axes.plot(point.x, point.y, marker="o", markersize=7, color=colour, markerfacecolor=face, linestyle="")
@@ -160,7 +164,7 @@ def _label(axes: Axes, points: Sequence[Point]) -> None:
     for point, height in zip(ranked, _apart(heights, 1.06 / max(len(points), 11)), strict=True):
         name = point.name if len(point.name) <= 26 else point.name[:25] + "…"
         axes.annotate(name, (point.x, point.y), xytext=(1.04, height), textcoords="axes fraction", va="center",
-                      fontsize=9, annotation_clip=False,
+                      fontsize=10.5, annotation_clip=False,
                       arrowprops={"arrowstyle": "-", "linewidth": 0.5, "alpha": 0.5, "shrinkB": 4,
                                   "color": axes.xaxis.label.get_color(), "relpos": (0, 0.5)})  # fmt: skip
 

@@ -19,7 +19,7 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], units: Mapping[str, int]) -> 
     from matplotlib.figure import Figure
 
     steps = [row["step"] for row in rows]
-    figure = Figure(figsize=(5.6, 6.5), layout="constrained")
+    figure = Figure(figsize=(4.8, 6.5), layout="constrained")
     loss, budget, widths = figure.subplots(3, 1, sharex=True)
     loss.plot(steps, [row["loss"] for row in rows], color="tab:blue")
     loss.set(ylabel="loss", yscale="log" if min(row["loss"] for row in rows) > 0 else "linear")
@@ -29,11 +29,11 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], units: Mapping[str, int]) -> 
     if seen:
         budget.plot(*zip(*seen, strict=True), color="tab:green", label="overlap with the set before")
     budget.set(ylim=(0, 1.02))
-    budget.legend(fontsize=8)
+    budget.legend(fontsize="small")
     for kind, whole in units.items():
         widths.plot(steps, [row["widths"][kind] / whole for row in rows], label=f"{kind}, of {whole}")
     widths.set(ylabel="width / dense width", ylim=(0, 1.02), xlabel="step")
-    widths.legend(fontsize=8)
+    widths.legend(fontsize="small")
     for axis in (loss, budget, widths):
         axis.grid(alpha=0.3)
     return figure
