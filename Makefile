@@ -15,11 +15,12 @@ install: $(READY) ## make the virtual environment with the pinned versions
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,report]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $(READY)
 
-demo: $(READY) ## prune the embedded model by six methods and show what each cost (under 90 s)
-	$(BIN)/llmprune demo
+demo: $(READY) ## prune the embedded model by six methods and show what each cost, also as a page (under 90 s)
+	mkdir -p build
+	$(BIN)/llmprune demo --html build/demo.html
 
 test: $(READY) ## run the test suite
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests

@@ -13,9 +13,9 @@ from llmprune_eval.speed import Load, Peaks, measure_speed
 from transformers import PreTrainedModel
 
 from llmprune.calibration import model_positions
-from llmprune.checkpoint import MANIFEST
 from llmprune.errors import InputError, memory_ran_out
 from llmprune.loading import load_model
+from llmprune.manifest import MANIFEST
 from llmprune.prune import resolve_device
 
 

@@ -41,7 +41,7 @@ class Calibration:
     origin: dict[str, Any] = field(default_factory=dict)
 
     def describe(self) -> dict[str, Any]:
-        """Origin, sizes and the SHA-256 of the calibration tokens (int64, little endian, in order)."""
+        """Origin, sizes and the SHA-256 of the tokens (int64, little endian, in order)."""
         count, length = self.windows.shape
         return {
             **self.origin,
@@ -49,6 +49,7 @@ class Calibration:
             "seqlen": length,
             "sha256": digest(self.windows),
             "holdout": len(self.holdout),
+            "holdout_sha256": digest(self.holdout) if len(self.holdout) else None,
         }
 
 

@@ -28,10 +28,11 @@ from transformers import PreTrainedModel
 from llmprune import reload_proof
 from llmprune.calibration import vocabulary_size
 from llmprune.errors import InputError
+from llmprune.explain import explain
+from llmprune.manifest import MANIFEST
 from llmprune.report import Report
 from llmprune.structured.curves import draw_curves
 
-MANIFEST = "llmprune.json"
 CURVES = "learning.png"
 PROOF_TOKENS = 32
 LAUNCHER_VARIABLES = frozenset("RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK MASTER_ADDR MASTER_PORT".split())
@@ -83,7 +84,7 @@ def _check_replaceable(target: Path, whole: Path, overwrite: bool, source: str |
 def save_checkpoint(
     model: PreTrainedModel, target: Path, report: Report, tokenizer: Any | None = None, *, overwrite: bool = False
 ) -> Path:
-    """Write model, tokenizer and manifest to `target`, after proving that the folder reloads.
+    """Write model, tokenizer, manifest, card and page to `target`, after proving that the folder reloads.
 
     Raises:
         InputError: the target cannot be written.
@@ -96,11 +97,24 @@ def save_checkpoint(
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         proof = prove_reload(model, folder)
-        manifest = {**report.as_dict(), "reload": proof}
+        manifest = {**report.as_dict(), "reload": proof, "saved": _saved(model, folder, report.model)}
         if report.curves and report.widths:
-            draw_curves(report.curves, {k["projection"]: k["before"] for k in report.widths["kinds"]}, folder / CURVES)
+            units = {k["projection"]: k["before"] for k in report.widths["kinds"]}
+            draw_curves(report.curves, units).savefig(folder / CURVES, dpi=110)
+        explain(folder, target.resolve().name, manifest)
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     return target
+
+
+def _saved(model: PreTrainedModel, folder: Path, base: str) -> dict[str, int | None]:
+    """Bytes of weights, here and in the model that was pruned, if that is a folder; parameters, and those not zero."""
+    here, there = (sum(f.stat().st_size for f in Path(p).glob("*.safetensors")) for p in (folder, base))
+    parameters = list(model.parameters())
+    counts = {
+        "parameters": sum(p.numel() for p in parameters),
+        "nonzero": sum(int(p.count_nonzero()) for p in parameters),
+    }
+    return {"bytes": here, "dense_bytes": there or None, **counts}
 
 
 @contextmanager

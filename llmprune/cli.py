@@ -6,6 +6,7 @@ import json
 import logging
 import sys
 import traceback
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -146,6 +147,19 @@ def inspect_command(
     say(run_inspect(folder, as_json))
 
 
+@app.command("compare")
+def compare_command(
+    models: Annotated[list[Path], typer.Argument(help="Folders that llmprune wrote, or result files of `eval`.")],
+    html: Annotated[Path | None, typer.Option("--html", help="Also write one self-contained page.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Models side by side: size, quality, speed; figures of one protocol only share a column."""
+    from llmprune.compare import run_compare
+
+    say(run_compare(models, html, as_json))
+
+
 @app.command("methods")
 def methods_command(as_json: Json = False, debug: Debug = False) -> None:
     """The methods, one line each."""
@@ -160,8 +174,12 @@ def methods_command(as_json: Json = False, debug: Debug = False) -> None:
 
 
 @app.command("demo")
-def demo_command(as_json: Json = False, debug: Debug = False) -> None:
-    """Prune the embedded model by five methods and show what each cost. No network, no data needed."""
+def demo_command(
+    html: Annotated[Path, typer.Option("--html", help="The page that is written.")] = Path("llmprune-demo.html"),
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Prune the embedded model by every kind of method and show what each cost. No network, no data needed."""
     from llmprune.demo.run import run_demo
 
-    say(run_demo(as_json))
+    say(run_demo(as_json, html))

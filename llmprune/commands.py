@@ -18,12 +18,14 @@ from transformers import PreTrainedModel
 
 from llmprune import tables
 from llmprune.calibration import check_dataset, check_vocabulary, window_length
-from llmprune.checkpoint import MANIFEST, check_target
+from llmprune.checkpoint import check_target
 from llmprune.collectives import world
 from llmprune.config import PruneConfig
 from llmprune.errors import InputError
+from llmprune.explain import refresh
 from llmprune.inspection import inspect_model
 from llmprune.loading import empty_model, load_model, load_tokenizer
+from llmprune.manifest import read_manifest
 from llmprune.planning import make_plan, plan_as_dict
 from llmprune.prune import prune, resolve_device
 from llmprune.ready_windows import read_npy
@@ -102,6 +104,7 @@ def run_eval(
     scores = evaluate(loaded, windows, against=dense, batch_size=batch_size)
     facts: dict[str, Any] = {"model": model, "against": against, **scores.as_dict(),
                              "protocol": _protocol(dataset, joiner, windows, loaded)}  # fmt: skip
+    refresh(Path(model))
     if not as_json:
         return tables.evaluation_text(facts)
     finite = {k: None if v == math.inf else v for k, v in facts.items()}  # JSON has no infinity
@@ -142,21 +145,8 @@ def _text_windows(
 
 def run_inspect(folder: str, as_json: bool) -> str:
     """Sparsity and pattern of every site of a saved model, and its manifest."""
-    manifest = _read_manifest(Path(folder) / MANIFEST)
+    manifest = read_manifest(Path(folder))
     facts = inspect_model(load_model(folder))
     if as_json:
         return json.dumps({"folder": folder, **facts, "manifest": manifest}, indent=1)
     return tables.inspection_text(folder, facts, manifest)
-
-
-def _read_manifest(path: Path) -> dict[str, Any] | None:
-    """What was written beside the weights, or None if nothing was."""
-    if not os.path.isfile(path):
-        return None
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is damaged ({error}): delete it to inspect the weights alone") from error
-    if not isinstance(manifest, dict) or not all(isinstance(manifest.get(k), dict) for k in ("config", "versions")):
-        raise InputError(f"{path} is no manifest of llmprune: delete it to inspect the weights alone")
-    return manifest

@@ -21,6 +21,7 @@ from llmprune.blocks import all_sites
 from llmprune.calibration import Calibration, check_vocabulary, load_windows, window_length
 from llmprune.checkpoint import save_checkpoint
 from llmprune.collectives import from_rank_zero, gathered, gathered_objects, world
+from llmprune.command_line import python_call, shell_command
 from llmprune.config import PruneConfig, check_device
 from llmprune.criteria import Criterion, Pruned
 from llmprune.errors import InputError
@@ -85,6 +86,7 @@ def prune(
         raise InputError(f"resume goes on with the learning of masks, and {config.method} learns none: leave it out")
     device: torch.device | None = resolve_device(config.device)
     name = str(model) if isinstance(model, (str, Path)) else (model.name_or_path or type(model).__name__)
+    command = _command(config, name if isinstance(model, (str, Path)) else None, tokens, holdout)
     if isinstance(model, (str, Path)):
         model = load_model(name, config.dtype, config.trust_remote_code)
         tokenizer = tokenizer or load_tokenizer(name, config.trust_remote_code)
@@ -94,9 +96,17 @@ def prune(
     plan = make_plan(model, config)
     calibration = _calibration(model, config, tokenizer, tokens, holdout)
     report = _prune_planned(model, config, plan, calibration, device, name, state, resume)
+    report.command = command
     if plan.structure is not None:
         model = _cut_out(model, plan, plan.structure, report)
     return PruneResult(model, report, tokenizer)
+
+
+def _command(config: PruneConfig, model: str | None, tokens: Windows | None, holdout: Windows | None) -> str:
+    """What repeats the run; what came as an object, no shell can name."""
+    if model is not None and tokens is None:
+        return shell_command(config, model)
+    return python_call(config, model, tokens=tokens is not None, holdout=holdout is not None)
 
 
 def _cut_out(model: PreTrainedModel, plan: Plan, structure: Structure, report: Report) -> PreTrainedModel:

@@ -71,6 +71,7 @@ class Report:
         widths: with a uniform pattern, the units of every block before and after, and what they hold.
         removed: parameters that are no longer there; None where pruned weights are stored as zeros.
         curves: of learning: loss, share kept, overlap of the pruned set with that of the row before, widths.
+        command: what repeats the run, for the shell or in Python.
         loss_before, loss_after: nats per token on the held-out windows, None if none were to be had.
     """
 
@@ -87,6 +88,7 @@ class Report:
     widths: dict[str, Any] | None = None
     removed: int | None = None
     curves: list[dict[str, Any]] = field(default_factory=list)
+    command: str = ""
     loss_before: float | None = None
     loss_after: float | None = None
     seconds: dict[str, float] = field(default_factory=dict)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
 
 from llmprune.demo.run import HERE, METHODS, UNIT_METHODS, run_demo, stories
 
 UNITS = "uniform 0.25"
 
 
-def test_the_demo_measures_what_it_shows() -> None:
+def test_the_demo_measures_what_it_shows(tmp_path: Path) -> None:
     start = time.perf_counter()
-    facts = json.loads(run_demo(as_json=True))
+    facts = json.loads(run_demo(as_json=True, html=tmp_path / "demo.html"))
     assert time.perf_counter() - start < 180
     rows = {(row["method"], row["pattern"]): row for row in facts["rows"]}
     dense = rows.pop(("dense", ""))
@@ -31,6 +32,9 @@ def test_the_demo_measures_what_it_shows() -> None:
         assert row["kl"] > 0
         assert row["continuation"]
     assert facts["reload"]["weights"] == "identical"
+    page = (tmp_path / "demo.html").read_text(encoding="utf-8")
+    assert all(f"{method} {pattern}" in page for method, pattern in rows)
+    assert f"{rows['regress', '2:4']['perplexity']:.4g}" in page
 
 
 def test_the_embedded_files_are_small_and_ours() -> None:

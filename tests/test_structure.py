@@ -14,17 +14,17 @@ PACKAGES = {"llmprune": ROOT / "llmprune", "llmprune_eval": ROOT / "eval", "llmp
 
 # From the ground up: a module may import from its own layer or one below it.
 LAYERS = (
-    {"errors", "collectives", "reload_proof"},
+    {"errors", "collectives", "reload_proof", "manifest"},
     {"moments", "gram", "cross", "patterns", "ready_windows"},
     {"inputs", "sites", "blocks", "biases", "stream", "loading", "unprunable", "least_squares", "swaps"},
     {"wiring", "learning", "collect", "dense_side", "targets", "criteria", "report", "structured"},
-    {"orders", "walk", "recipe", "config"},
-    {"calibration", "planning", "checkpoint", "inspection", "tables"},
+    {"orders", "walk", "recipe", "config", "command_line"},
+    {"calibration", "planning", "checkpoint", "inspection", "tables", "pages", "explain"},
     {"outlook"},
     {"advice"},
     {"advice_text"},
     {"prune", "launch"},
-    {"bench", "commands", "demo"},
+    {"bench", "commands", "compare", "demo"},
     {"bench_command", "cli", "options", "plan_command", "prune_command", "terminal"},
 )
 

@@ -125,15 +125,24 @@ def write_json(path: Path, facts: Mapping[str, Any]) -> None:
     Raises:
         InputError: it cannot be written.
     """
+    write_text(path, json.dumps(facts, indent=1, allow_nan=False) + "\n", "name another file with --output")
+
+
+def write_text(path: Path, text: str, advice: str) -> None:
+    """Write a file at once or not at all.
+
+    Raises:
+        InputError: it cannot be written; ends with `advice`.
+    """
     building = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        building.write_text(json.dumps(facts, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        building.write_text(text, encoding="utf-8")
         building.replace(path)
     except OSError as error:
         with suppress(OSError):
             building.unlink()
-        raise InputError(f"{path} cannot be written ({error}): name another file with --output") from error
+        raise InputError(f"{path} cannot be written ({error}): {advice}") from error
 
 
 def finite(value: float) -> float | None:
