@@ -24,11 +24,11 @@ from typing import Any
 
 import torch
 from llmprune_eval.surroundings import versions
+from llmprune_eval.terminal import table
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from llmprune import PruneConfig, prune
 from llmprune.report import peak_memory
-from llmprune.tables import table
 from llmprune.walk import CPU_TOKENS
 
 RESULTS = Path(__file__).resolve().parent / "results"

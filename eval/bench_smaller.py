@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 from bench_prune import LENGTH, RESULTS, build, surroundings
+from llmprune_eval.terminal import table
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmprune import PruneConfig, prune
-from llmprune.tables import table
 
 SPARSITIES = (0.2, 0.35, 0.5)
 TURNS, PROMPT, NEW = 9, 8, 64

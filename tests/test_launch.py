@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from llmprune_eval.launch import launcher_arguments
 from safetensors.torch import load_file
 from tiny import ROOT
 
 from llmprune import PruneConfig, prune
-from llmprune.launch import launcher_arguments
 from llmprune.structured.task import LearningOptions
 
 

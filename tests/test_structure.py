@@ -15,12 +15,12 @@ PACKAGES = {"llmprune": ROOT / "llmprune", "llmprune_eval": ROOT / "eval", "llmp
 # From the ground up: a module may import from its own layer or one below it.
 LAYERS = (
     {"errors", "collectives", "reload_proof"},
-    {"moments", "gram", "cross", "patterns", "ready_windows"},
-    {"inputs", "sites", "blocks", "biases", "stream", "loading", "unprunable", "least_squares", "swaps"},
+    {"moments", "gram", "cross", "patterns"},
+    {"inputs", "sites", "blocks", "biases", "stream", "unprunable", "least_squares", "swaps"},
     {"wiring", "learning", "collect", "dense_side", "targets", "criteria", "report", "structured"},
     {"orders", "walk", "recipe", "config"},
     {"calibration", "planning", "checkpoint", "inspection", "tables"},
-    {"prune", "launch"},
+    {"prune"},
     {"commands", "demo"},
     {"cli", "options", "prune_command", "terminal"},
 )
