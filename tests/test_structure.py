@@ -63,6 +63,10 @@ def test_heavy_optional_packages_are_never_imported_at_import_time() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "[]"
 
+    code = "import sys, llmprune_eval.__main__; print([m for m in ('llmprune', 'lm_eval') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT / "eval", check=True)
+    assert done.stdout.strip() == "[]"
+
 
 def test_the_trunk_is_layered() -> None:
     level = {module: i for i, layer in enumerate(LAYERS) for module in layer}

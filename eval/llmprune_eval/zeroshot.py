@@ -183,7 +183,7 @@ def _commit(task: Any) -> str | None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the progress bars of lm-eval and datasets where nobody looks at them; what lm-eval prints is no result."""
+    """Without the progress bars of lm-eval and datasets where nobody looks; what lm-eval prints is no result."""
     seen = sys.stderr.isatty() and PartialState().is_main_process
     with nullcontext() if seen else redirect_stderr(io.StringIO()), redirect_stdout(sys.stderr):
         yield
