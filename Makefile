@@ -15,7 +15,7 @@ install: $(READY) ## make the virtual environment with the pinned versions
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,eval]"
 	touch $(READY)
 
 demo: $(READY) ## prune the embedded model by six methods and show what each cost, also as a page (under 90 s)

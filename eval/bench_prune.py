@@ -24,10 +24,10 @@ from typing import Any
 
 import torch
 from llmprune_eval.surroundings import peak_memory, versions
+from llmprune_eval.terminal import table
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from llmprune import PruneConfig, prune
-from llmprune.tables import table
 from llmprune.walk import CPU_TOKENS
 
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -15,10 +15,10 @@ from typing import Any
 
 from bench_prune import LENGTH, RESULTS, build, surroundings
 from llmprune_eval.speed import ACTIONS, Load, alternate, figures, speedups
+from llmprune_eval.terminal import table
 from transformers import PreTrainedModel
 
 from llmprune import PruneConfig, prune
-from llmprune.tables import table
 
 SPARSITIES = (0.2, 0.35, 0.5)
 TURNS, PROMPT, NEW = 9, 8, 64

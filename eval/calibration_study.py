@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from llmprune_eval import evaluate
+from llmprune_eval.loading import load_model, load_tokenizer
 from make_results import RESULTS, SHARED, TASKS, asked, commands, evaluation_windows, located
 
 from llmprune import PruneConfig, prune
-from llmprune.loading import load_model, load_tokenizer
 
 MODELS = ("stories260k-llama", "tinystories-llama-1m", "tinystories-opt-1m")
 TEXTS = {"stories": "text/tinystories-train.jsonl", "web": "text/c4-calibration.jsonl"}

@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 from llmprune_eval import evaluate
+from llmprune_eval.loading import load_model, load_tokenizer
 from llmprune_eval.surroundings import versions
 from llmprune_eval.text import joined_windows, open_text
 from torch import Tensor
 
 from llmprune import InputError, PruneConfig, prune
-from llmprune.loading import load_model, load_tokenizer
 
 HERE = Path(__file__).resolve().parent
 SHARED = HERE.parent.parent / "shared"

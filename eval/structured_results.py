@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from llmprune_eval import evaluate
+from llmprune_eval.loading import load_model, load_tokenizer
 from llmprune_eval.speed import ACTIONS, Load, alternate, speedups
 from llmprune_eval.surroundings import versions
 from make_results import RESULTS, SHARED, Task, commands, evaluation_windows, located
@@ -28,7 +29,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmprune import PruneConfig, prune
-from llmprune.loading import load_model, load_tokenizer
 from llmprune.structured.task import LearningOptions
 
 TASKS = [replace(task, scored=task.scored or 200, divergence=True) for task in WHOLE]

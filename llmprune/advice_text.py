@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from llmprune_eval.terminal import table
+
 from llmprune.advice import Advice
 from llmprune.outlook import PACKED, Needs, Outlook
-from llmprune.tables import skipped_lines, table
+from llmprune.tables import skipped_lines
 
 BASIS = (
     "expected    speeds are expectations, counted and not measured on this model (`llmprune bench` measures):",

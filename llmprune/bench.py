@@ -7,16 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from llmprune_eval.devices import resolve_device
+from llmprune_eval.loading import load_model
 from llmprune_eval.peaks import MEMORY, allocated_peaks, resident_peaks
-from llmprune_eval.result import RESULT, Result, describe_model
+from llmprune_eval.result import RESULT, Result, describe_model, own_file
 from llmprune_eval.speed import Load, Peaks, measure_speed
+from llmprune_eval.windows import model_positions
 from transformers import PreTrainedModel
 
-from llmprune.calibration import model_positions
 from llmprune.errors import InputError, memory_ran_out
-from llmprune.loading import load_model
-from llmprune.manifest import MANIFEST
-from llmprune.prune import resolve_device
 
 
 def run_bench(
@@ -49,7 +48,7 @@ def run_bench(
             load.check(model_positions(model))
     described = [describe_model(name, model) for name, model in zip(names, models, strict=True)]
     against = {key: described[1][key] for key in ("name", "weights_sha256", "dtype")} if len(names) > 1 else None
-    result = Result.open(output or _own_file(names[0]), described[0])
+    result = Result.open(output or own_file(names[0]), described[0])
     facts = {"against": against, "memory": MEMORY[place.type]}
     try:
         peaks = _peaks(names, models, loads, place, dtype, trust_remote_code)
@@ -64,11 +63,6 @@ def run_bench(
             "--batch-sizes, a shorter --prompt, or --dtype bfloat16"
         ) from error
     return result
-
-
-def _own_file(name: str) -> Path | None:
-    """The place of results in a folder that llmprune has written."""
-    return Path(name, RESULT) if Path(name, MANIFEST).is_file() else None
 
 
 def _peaks(

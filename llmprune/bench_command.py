@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from llmprune_eval.options import Debug, Device, Dtype, Json, Model, Remote
 
 from llmprune.errors import InputError
-from llmprune.options import Debug, Device, Dtype, Json, Model, Remote
 from llmprune.terminal import say
 
 Sizes = Annotated[str, typer.Option("--batch-sizes", help="Sequences side by side, as in 1,4.")]

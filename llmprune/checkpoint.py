@@ -20,16 +20,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from llmprune_eval.result import MANIFEST
+from llmprune_eval.windows import vocabulary_size
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmprune import reload_proof
-from llmprune.calibration import vocabulary_size
 from llmprune.errors import InputError
 from llmprune.explain import explain
-from llmprune.manifest import MANIFEST
 from llmprune.report import Report
 from llmprune.structured.curves import draw_curves
 

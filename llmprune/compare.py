@@ -9,13 +9,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 from llmprune_eval.result import write_text
+from llmprune_eval.terminal import table
 
 from llmprune.errors import InputError
 from llmprune.pages.candidates import read_candidates
 from llmprune.pages.comparison import Comparison, compare
 from llmprune.pages.grids import Grid, candidate_grid
 from llmprune.pages.page import figure_grids, render
-from llmprune.tables import table
 
 NARROW = 3
 """Figures beside each other in the terminal."""

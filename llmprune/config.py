@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from llmprune_eval.devices import check_device
+from llmprune_eval.loading import check_dtype
+
 from llmprune.criteria import COMPENSATIONS, criterion
 from llmprune.errors import InputError
-from llmprune.loading import check_dtype
 from llmprune.orders import IN_ORDER
 from llmprune.patterns import RunPattern, Uniform, parse_pattern
 from llmprune.recipe import REFINEMENTS, Recipe
@@ -143,9 +144,3 @@ class PruneConfig:
 def _check_choice(name: str, given: str | None, known: tuple[str, ...]) -> None:
     if given is not None and given not in known:
         raise InputError(f"{name} '{given}' is unknown: choose from {', '.join(known)}")
-
-
-def check_device(name: str) -> None:
-    """Raise InputError for what cannot be the name of a device."""
-    if not re.fullmatch(r"auto|cpu|(cuda|mps|xpu)(:\d+)?", name):
-        raise InputError(f"device '{name}' is unknown: use auto, cpu, cuda or cuda:N")

@@ -1,14 +1,5 @@
-"""The exception for bad input, under the name by which this package's users know it, and how memory ends."""
+"""The exception for bad input, and how memory ends, under the names by which this package's users know them."""
 
-from llmprune_eval.errors import InputError
+from llmprune_eval.errors import InputError, memory_ran_out
 
 __all__ = ["InputError", "memory_ran_out"]
-
-
-def memory_ran_out(error: BaseException) -> bool:
-    """True for what Python and torch raise when a device has no memory left; on a CPU torch has no class for it."""
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or "DefaultCPUAllocator" in str(error)
-    )

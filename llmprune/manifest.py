@@ -6,10 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llmprune.errors import InputError
+from llmprune_eval.result import MANIFEST
 
-MANIFEST = "llmprune.json"
-"""Name of the file in a pruned model's folder."""
+from llmprune.errors import InputError
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:

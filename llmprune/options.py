@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-Model = Annotated[str, typer.Argument(help="A model folder or Hub name.")]
 Output = Annotated[Path | None, typer.Option("-o", "--output", "--save_model", help="Folder for the pruned model.")]
 Method = Annotated[str, typer.Option("--method", "--prune_method", help="See `llmprune methods`.")]
 Sparsity = Annotated[
@@ -84,10 +83,4 @@ Ignore = Annotated[
 Targets = Annotated[list[str] | None, typer.Option("--targets", help="Prune only these.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and touch nothing.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-Length = Annotated[int | None, typer.Option("--max-seq-length", help="Tokens per window [min(2048, positions)].")]
 Batch = Annotated[int, typer.Option("--batch-size", help="Windows per forward pass, at most.")]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
-Dtype = Annotated[str, typer.Option("--dtype", help="auto (the checkpoint's own), float32, float16, bfloat16.")]
-Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]

@@ -6,9 +6,10 @@ import json
 from typing import Annotated
 
 import typer
+from llmprune_eval.options import Debug, Dtype, Json, Length, Model, Remote
 
 from llmprune.errors import InputError
-from llmprune.options import Batch, Debug, Dtype, Ignore, Json, Length, Model, Remote, Samples, Targets
+from llmprune.options import Batch, Ignore, Samples, Targets
 from llmprune.terminal import say
 
 Goal = Annotated[str | None, typer.Option("--goal", help="smaller, faster or quality: recommend for this one only.")]
@@ -33,10 +34,11 @@ def plan_command(
     debug: Debug = False,
 ) -> None:
     """What each pattern and method would do to a model and need, from its config alone, and which to take."""
+    from llmprune_eval.loading import empty_model
+
     from llmprune.advice import GOALS, make_advice
     from llmprune.advice_text import advice_text
     from llmprune.config import PruneConfig
-    from llmprune.loading import empty_model
     from llmprune.outlook import this_machine
 
     if goal is not None and goal not in GOALS:

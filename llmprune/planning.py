@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from llmprune_eval.windows import window_length
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from llmprune.blocks import Block, Skipped, all_sites, survey
-from llmprune.calibration import window_length
 from llmprune.config import PruneConfig
 from llmprune.errors import InputError
 from llmprune.patterns import Columns, RunPattern, Uniform

@@ -4,30 +4,30 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
+from llmprune_eval.devices import resolve_device
+from llmprune_eval.loading import check_finite, load_model, load_tokenizer
+from llmprune_eval.ready_windows import Windows, as_windows
 from llmprune_eval.surroundings import peak_memory
+from llmprune_eval.windows import check_vocabulary, window_length
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from llmprune.biases import add_biases_
 from llmprune.blocks import all_sites
-from llmprune.calibration import Calibration, check_vocabulary, load_windows, window_length
+from llmprune.calibration import Calibration, load_windows
 from llmprune.checkpoint import save_checkpoint
 from llmprune.collectives import from_rank_zero, gathered, gathered_objects, world
 from llmprune.command_line import python_call, shell_command
-from llmprune.config import PruneConfig, check_device
+from llmprune.config import PruneConfig
 from llmprune.criteria import Criterion, Pruned
 from llmprune.errors import InputError
-from llmprune.loading import check_finite, load_model, load_tokenizer
 from llmprune.planning import Plan, make_plan
-from llmprune.ready_windows import Windows, as_windows
 from llmprune.recipe import Recipe
 from llmprune.report import BlockReport, Report, SiteReport
 from llmprune.sites import Site
@@ -197,26 +197,6 @@ def _relative_error(site: Site, pruned: Pruned) -> float | None:
     squares = torch.stack([change.square().sum(), wanted.square().sum()])
     wrong, whole = (float(v) for v in torch.stack(gathered(squares)).sum(0))
     return (wrong / whole) ** 0.5 if whole > 0 else None
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device of this rank; joins the process group when started by `accelerate launch` or torchrun.
-
-    Raises:
-        InputError: there is no such device.
-    """
-    check_device(name)
-    kind = name.split(":")[0]
-    if kind == "auto":
-        kind = "cuda" if torch.cuda.is_available() else "cpu"
-    elif kind != "cpu" and not getattr(torch, kind).is_available():
-        raise InputError(f"--device {name}: this machine or this torch has no {kind}; use --device cpu")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        return torch.device(PartialState(cpu=kind == "cpu" or None).device)
-    device = torch.device(name if ":" in name else kind)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
-    return device
 
 
 def _calibration(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from llmprune_eval.options import Debug, Device, Dtype, Json, Length, Model, Remote
+
 from llmprune.errors import InputError
 from llmprune.options import (
     Batch,
@@ -9,27 +11,20 @@ from llmprune.options import (
     Ce,
     Checkpointing,
     Compensation,
-    Debug,
-    Device,
     DryRun,
-    Dtype,
     Hidden,
     Holdout,
     Ignore,
-    Json,
     KeepHeads,
     Kl,
-    Length,
     LoraRank,
     Method,
     Mix,
-    Model,
     Output,
     Overwrite,
     Passes,
     PatternName,
     Refine,
-    Remote,
     Residual,
     Resume,
     RoundChannels,

@@ -2,41 +2,18 @@
 
 from __future__ import annotations
 
-import io
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from llmprune_eval.result import Part, Result
-from rich import box
-from rich.console import Console
-from rich.table import Table
+from llmprune_eval.terminal import number, table
 
 from llmprune.blocks import Skipped
 from llmprune.config import PruneConfig
 from llmprune.planning import Plan
 from llmprune.report import Report
-
-WIDTH = 110
-
-
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A plain-text table: the first column to the left, the others to the right."""
-    drawn = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for i, column in enumerate(columns):
-        drawn.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
-    for row in rows:
-        drawn.add_row(*(str(cell) for cell in row))
-    console = Console(file=io.StringIO(), width=WIDTH, color_system=None)
-    console.print(drawn, markup=False)
-    assert isinstance(console.file, io.StringIO)
-    return "\n".join(line.rstrip() for line in console.file.getvalue().rstrip().splitlines())
-
-
-def number(value: float | None, digits: int = 4) -> str:
-    """A figure, or a dash where nothing was measured."""
-    return "-" if value is None else f"{value:.{digits}g}"
 
 
 def _axes(config: dict[str, Any]) -> str:
@@ -147,25 +124,6 @@ def _widths(widths: dict[str, Any]) -> list[str]:
     kept = [f"{k['after']} of {k['before']} {k['units']} ({k['projection']})" for k in widths["kinds"]]
     lines = [f"widths      every block keeps {', '.join(kept)}"]
     return [*lines, *(f"left alone  {site}: {reason}" for site, reason in widths["fixed"].items())]
-
-
-def evaluation_text(facts: dict[str, Any]) -> str:
-    """Figures, then the protocol they hold under."""
-    protocol = facts["protocol"]
-    lines = [f"perplexity        {facts['perplexity']:.4f}   {facts['model']}"]
-    if facts["against"]:
-        lines += [
-            f"dense perplexity  {facts['dense_perplexity']:.4f}   {facts['against']}",
-            f"KL to dense       {facts['kl']:.5f} nats per token",
-            f"same top-1 token  {facts['top1_agreement']:.2%}",
-        ]
-    joined = "ready windows" if protocol["joiner"] is None else f"texts joined by {protocol['joiner']!r}"
-    lines.append(
-        f"protocol          {protocol['dataset']}, {joined}, {protocol['windows']} "
-        f"non-overlapping windows of {protocol['window']} tokens, {protocol['scored_tokens']} scored, "
-        f"{protocol['dtype']}"
-    )
-    return "\n".join(lines)
 
 
 def inspection_text(folder: str, facts: dict[str, Any], manifest: dict[str, Any] | None) -> str:

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 from letters import Letters
+from llmprune_eval.windows import model_positions, window_length
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from llmprune.calibration import Calibration, load_windows, model_positions, window_length
+from llmprune.calibration import Calibration, load_windows
 from llmprune.config import PruneConfig
 from llmprune.errors import InputError
 

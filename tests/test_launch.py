@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from llmprune_eval.launch import launcher_arguments
 from safetensors.torch import load_file
 from tiny import ROOT
 
 from llmprune import PruneConfig, prune
-from llmprune.launch import launcher_arguments
 from llmprune.structured.task import LearningOptions
 
 
@@ -34,13 +34,13 @@ def test_launcher_arguments(command: list[str], wanted: list[str] | None) -> Non
     assert launcher_arguments(command) == wanted
 
 
-def launch(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """`accelerate launch --num_processes 2 --cpu -m llmprune ...` on a free port."""
+def launch(*arguments: object, module: str = "llmprune") -> subprocess.CompletedProcess[str]:
+    """`accelerate launch --num_processes 2 --cpu -m MODULE ...` on a free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     accelerate = Path(sys.executable).with_name("accelerate")
-    start = [accelerate, "launch", "--num_processes", "2", "--cpu", "--main_process_port", port, "-m", "llmprune"]
+    start = [accelerate, "launch", "--num_processes", "2", "--cpu", "--main_process_port", port, "-m", module]
     command = [str(word) for word in (*start, *arguments)]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300, check=False)
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 from llmprune_eval import evaluate
+from llmprune_eval.loading import load_model, load_tokenizer
 from llmprune_eval.text import joined_windows, open_text
 
 from llmprune import PruneConfig, prune
-from llmprune.loading import load_model, load_tokenizer
 
 pytestmark = pytest.mark.shared
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from llmprune_eval.loading import load_tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import llmprune.demo
 from llmprune import PruneConfig, prune
-from llmprune.loading import load_tokenizer
 from llmprune.report import Report
 
 DEMO = Path(llmprune.demo.__file__).parent

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from letters import Letters
 from llmprune_eval import text as module
 from llmprune_eval.errors import InputError
+from llmprune_eval.hub import HubTexts
 from llmprune_eval.text import NAMED, Protocol, TextSource, joined_windows, open_text, token_ids
 
 WIKITEXT = "\n = Title = \n\n A line . \n   \n Another . \n"
@@ -159,7 +161,7 @@ def test_the_hub_without_a_network_is_explained(monkeypatch: pytest.MonkeyPatch)
     def unreachable(**arguments: object) -> None:
         raise ConnectionError("no route\nto the host")
 
-    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    monkeypatch.setattr(datasets, "load_dataset_builder", unreachable)
     for spec in ("c4", "wikitext2", "someone/something"):
         with pytest.raises(InputError, match=r"\(no route\): without a network"):
             open_text(spec, "train").read(10)
@@ -170,12 +172,32 @@ def test_hub_rows_are_read_by_their_column(monkeypatch: pytest.MonkeyPatch) -> N
 
     asked: list[dict[str, object]] = []
 
-    def rows(**arguments: object) -> list[dict[str, object]]:
-        asked.append(arguments)
-        return [{"text": "a"}, {"text": "b"}] if arguments["path"] == "some/text" else [{"body": "a"}]
+    class Builder:
+        base_path = f"hf://datasets/some/text@{'0123456789' * 4}/data"
 
-    monkeypatch.setattr(datasets, "load_dataset", rows)
-    assert open_text("some/text", "test").read(10) == ["a", "b"]
-    assert asked == [{"path": "some/text", "split": "test", "streaming": True}]
+        def __init__(self, **arguments: object) -> None:
+            asked.append(arguments)
+            self.path = arguments["path"]
+
+        def as_streaming_dataset(self, **arguments: object) -> list[dict[str, object]]:
+            asked.append(arguments)
+            return [{"text": "a"}, {"text": "b"}] if self.path == "some/text" else [{"body": "a"}]
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", Builder)
+    source = open_text("some/text", "test")
+    assert source.read(10) == ["a", "b"]
+    assert asked == [{"path": "some/text"}, {"split": "test"}]
+    assert source.revision() == "0123456789" * 4
     with pytest.raises(InputError, match=r"no string column \"text\" but \['body'\]"):
         open_text("some/thing", "train").read(10)
+
+
+def test_what_datasets_streams_is_read_as_its_file(data: Path) -> None:
+    builder = {"path": "json", "data_files": {"test": str(data / "a.jsonl")}, "split": "test"}
+    assert list(HubTexts("some/text", builder)) == list(open_text(str(data / "a.jsonl"), "test").texts)
+
+
+def test_the_revision_of_a_file_is_the_hash_of_its_content(data: Path) -> None:
+    expected = hashlib.sha256((data / "a.txt").read_bytes()).hexdigest()
+    assert open_text(str(data / "a.txt"), "test").revision() == expected
+    assert open_text(f"wikitext2:{data / 'a.txt'}", "test").revision() == expected

@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -52,9 +54,17 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: PreTrainedModel, windows: Tensor, *, against: PreTrainedModel | None = None, batch_size: int = 8
+    model: PreTrainedModel,
+    windows: Tensor,
+    *,
+    against: PreTrainedModel | None = None,
+    batch_size: int = 8,
+    shared: bool = False,
 ) -> Evaluation:
     """Score token windows [n, seqlen] with `model` and compare with `against`.
+
+    Args:
+        shared: True if all processes call this with the same windows and each is to score its share of them.
 
     Raises:
         InputError: no window, or the logits are not finite.
@@ -66,9 +76,9 @@ def evaluate(
             f"the two models have vocabularies of {_vocabulary(model)} and {_vocabulary(against)}: --against must be "
             "the model that the other was pruned from"
         )
-    nll = dense_nll = kl = same = 0.0
+    totals = [0.0] * 4  # the model's loss, the dense model's, KL, tokens that both rank first
     with evaluating(model), evaluating(against) if against is not None else nullcontext():
-        for batch in tqdm(windows.split(batch_size), desc="evaluating", disable=None, leave=False):
+        for batch in tqdm(_own(windows, shared).split(batch_size), desc="evaluating", disable=None, leave=False):
             labels = batch[:, 1:].flatten()
             logits = _logits(model, batch)
             dense = _logits(against, batch) if against is not None else None
@@ -76,12 +86,13 @@ def evaluate(
                 rows = slice(first, first + ROWS)
                 own = F.log_softmax(logits[rows], dim=-1, dtype=torch.float32)
                 wanted = labels[rows].to(own.device)
-                nll += F.nll_loss(own, wanted, reduction="sum").item()
+                totals[0] += F.nll_loss(own, wanted, reduction="sum").item()
                 if dense is not None:
                     reference = F.log_softmax(dense[rows], dim=-1, dtype=torch.float32).to(own.device)
-                    dense_nll += F.nll_loss(reference, wanted, reduction="sum").item()
-                    kl += (reference.exp() * (reference - own)).sum().item()
-                    same += (reference.argmax(-1) == own.argmax(-1)).sum().item()
+                    totals[1] += F.nll_loss(reference, wanted, reduction="sum").item()
+                    totals[2] += (reference.exp() * (reference - own)).sum().item()
+                    totals[3] += (reference.argmax(-1) == own.argmax(-1)).sum().item()
+    nll, dense_nll, kl, same = _summed(totals) if shared else totals
     tokens = windows[:, 1:].numel()
     for total, whose in ((nll, "the model's"), (dense_nll, "the dense model's")):
         if not math.isfinite(total):
@@ -89,6 +100,19 @@ def evaluate(
     if against is None:
         return Evaluation(_exp(nll / tokens), tokens, len(windows))
     return Evaluation(_exp(nll / tokens), tokens, len(windows), _exp(dense_nll / tokens), kl / tokens, same / tokens)
+
+
+def _own(windows: Tensor, shared: bool) -> Tensor:
+    """This process's share."""
+    if not shared:
+        return windows
+    state = PartialState()
+    return windows[state.process_index :: state.num_processes]
+
+
+def _summed(totals: list[float]) -> list[float]:
+    """Over all processes, in their order."""
+    return [sum(parts) for parts in zip(*gather_object([totals]), strict=True)]
 
 
 def _exp(mean: float) -> float:

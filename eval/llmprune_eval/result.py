@@ -6,7 +6,6 @@ fails, and takes those that are there already as done.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -19,11 +18,14 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from llmprune_eval.errors import InputError
+from llmprune_eval.hashing import sha256_of_files
 from llmprune_eval.surroundings import hardware, versions
 
 SCHEMA = 1
 RESULT = "evaluation.json"
 """Name of the file in a model's folder."""
+MANIFEST = "llmprune.json"
+"""In a folder that a pruner wrote: there the result belongs."""
 KINDS = ("perplexity", "task", "generation", "speed")
 
 
@@ -150,9 +152,15 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def own_file(name: str) -> Path | None:
+    """Where the results of a folder belong that a pruner has written; None for other models."""
+    return Path(name, RESULT) if Path(name, MANIFEST).is_file() else None
+
+
 def describe_model(name: str, model: PreTrainedModel) -> dict[str, Any]:
     """Which model was measured, its sizes, and a hash of its weights, or the Hub's commit."""
     folder = Path(name)
+    manifest = folder / MANIFEST
     parameters = list(model.parameters())
     return {
         "name": name,
@@ -162,19 +170,10 @@ def describe_model(name: str, model: PreTrainedModel) -> dict[str, Any]:
         "nonzero": sum(int(p.count_nonzero()) for p in parameters),
         "bytes": sum(f.stat().st_size for f in folder.glob("*.safetensors")) or None,
         "weights_sha256": weights_sha256(folder) if folder.is_dir() else getattr(model.config, "_commit_hash", None),
-        "manifest_sha256": _sha256([folder / "llmprune.json"]) if (folder / "llmprune.json").is_file() else None,
+        "manifest_sha256": sha256_of_files([manifest]) if manifest.is_file() else None,
     }
 
 
 def weights_sha256(folder: Path) -> str:
     """Of the config and all weights of a model's folder, in the order of their names."""
-    return _sha256([folder / "config.json", *sorted(folder.glob("*.safetensors"))])
-
-
-def _sha256(files: list[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-    return digest.hexdigest()
+    return sha256_of_files([folder / "config.json", *sorted(folder.glob("*.safetensors"))])

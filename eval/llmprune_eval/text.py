@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from llmprune_eval.errors import InputError
+from llmprune_eval.hashing import sha256_of_files
+from llmprune_eval.hub import HubTexts
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 CHARACTERS_PER_TOKEN = 40
@@ -72,11 +74,17 @@ NAMED = {
 
 @dataclass(frozen=True)
 class TextSource:
-    """An opened dataset: its texts, lazily, and the protocol that they are used by."""
+    """An opened dataset: its texts, lazily, and the protocol that they are used by; a file, or a split on the Hub."""
 
     name: str
     protocol: Protocol
     texts: Iterable[str]
+    file: Path | None = None
+    split: str | None = None
+
+    def revision(self) -> str | None:
+        """SHA-256 of the file, or the Hub's commit; None if a cache does not know of which commit it is."""
+        return sha256_of_files([self.file]) if self.file is not None else getattr(self.texts, "commit", None)
 
     def read(self, tokens: int) -> list[str]:
         """Texts in order, enough for about `tokens` tokens; all of them where there are fewer."""
@@ -105,15 +113,15 @@ def open_text(spec: str, split: str) -> TextSource:
     """
     name, _, path = spec.partition(":")
     if name in NAMED and path:
-        return TextSource(spec, NAMED[name], _read_file(Path(path), NAMED[name].lines))
+        return TextSource(spec, NAMED[name], _read_file(Path(path), NAMED[name].lines), Path(path))
     if os.path.exists(spec) or spec.endswith((*SUFFIXES, ".npy", ".json", ".csv")):
-        return TextSource(spec, Protocol(), _read_file(Path(spec), False))
+        return TextSource(spec, Protocol(), _read_file(Path(spec), False), Path(spec))
     if spec in NAMED:
         hub = NAMED[spec].hub
         assert hub is not None
-        return TextSource(spec, NAMED[spec], _read_hub(spec, hub[split]))
+        return TextSource(spec, NAMED[spec], HubTexts(spec, hub[split]), split=hub[split]["split"])
     if "/" in spec and not spec.startswith((".", "/", "~")) and spec.count("/") == 1:
-        return TextSource(spec, Protocol(), _read_hub(spec, {"path": spec, "split": split}))
+        return TextSource(spec, Protocol(), HubTexts(spec, {"path": spec, "split": split}), split=split)
     raise InputError(
         f"dataset '{spec}' does not exist: give a {', '.join(SUFFIXES)} or .npy file, or one of "
         f"{', '.join(NAMED)}, or owner/name on the Hub"
@@ -200,22 +208,3 @@ def _read_parquet(path: Path, lines: bool) -> Iterator[str]:
                     yield text
     except (pyarrow.ArrowException, OSError) as error:
         raise InputError(f"{path} cannot be read as parquet ({error}): write or download it again") from error
-
-
-def _read_hub(name: str, arguments: dict[str, Any]) -> Iterator[str]:
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(**arguments, streaming=True)
-        for row in rows:
-            if not isinstance(row.get("text"), str):
-                raise InputError(f'{name} has no string column "text" but {sorted(row)}: export it to a .jsonl')
-            yield row["text"]
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        if isinstance(error, InputError):
-            raise
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(
-            f"cannot get the dataset '{name}' from the Hub ({first}): without a network pass a local .txt, .jsonl, "
-            ".parquet or .npy file, or 'self'"
-        ) from error

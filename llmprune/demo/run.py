@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 from llmprune_eval import evaluate
+from llmprune_eval.loading import load_model, load_tokenizer
 from llmprune_eval.result import Part
+from llmprune_eval.terminal import number, table
 from llmprune_eval.text import joined_windows
 from torch import Tensor
 from tqdm import tqdm
@@ -20,13 +22,11 @@ from transformers import PreTrainedModel
 
 from llmprune.compare import check_page, write_page
 from llmprune.config import PruneConfig
-from llmprune.loading import load_model, load_tokenizer
 from llmprune.pages.candidates import Candidate
 from llmprune.pages.comparison import compare
 from llmprune.prune import PruneResult, prune
 from llmprune.report import Report
 from llmprune.structured.task import LearningOptions
-from llmprune.tables import number, table
 
 HERE = Path(__file__).parent
 METHODS = ("random", "magnitude", "wanda", "stade", "sparsegpt", "regress")

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llmprune_eval.result import RESULT, Part, Result
+from llmprune_eval.result import MANIFEST, RESULT, Part, Result
 
 from llmprune.errors import InputError
-from llmprune.manifest import MANIFEST, read_manifest
+from llmprune.manifest import read_manifest
 
 HELD_OUT = "held-out calibration text"
 """Name of the perplexity that a pruning run measures itself."""

@@ -9,13 +9,13 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from llmprune_eval.ready_windows import digest
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llmprune.collectives import world
 from llmprune.errors import InputError
-from llmprune.ready_windows import digest
 from llmprune.structured.adapters import Adapters
 from llmprune.structured.best import Best
 from llmprune.structured.minimax import Minimax

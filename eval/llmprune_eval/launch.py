@@ -18,18 +18,18 @@ from pathlib import Path
 import psutil
 from accelerate.commands.launch import launch_command_parser
 
-from llmprune.errors import InputError
+from llmprune_eval.errors import InputError
 
 
 @contextmanager
-def all_ranks() -> Iterator[None]:
-    """Run with every rank that was asked for; they end with this one.
+def all_ranks(module: str) -> Iterator[None]:
+    """Run with every rank that was asked for, each a `python -m module`; they end with this one.
 
     Raises:
         InputError: several machines were asked for, which only torchrun starts.
     """
-    missing = _missing_ranks()
-    started = [_start_rank(rank) for rank in range(1, missing + 1)]
+    missing = _missing_ranks(module)
+    started = [_start_rank(module, rank) for rank in range(1, missing + 1)]
     finished = False
     try:
         yield
@@ -41,7 +41,7 @@ def all_ranks() -> Iterator[None]:
             process.wait()
 
 
-def _missing_ranks() -> int:
+def _missing_ranks(module: str) -> int:
     """How many processes accelerate was asked for beside this one and did not start."""
     environment = os.environ
     by_accelerate = environment.get("ACCELERATE_USE_CPU", "").lower() == "true" and "MASTER_ADDR" in environment
@@ -55,7 +55,7 @@ def _missing_ranks() -> int:
     if (asked.num_machines or 1) > 1 or asked.num_processes is None:
         raise InputError(
             "accelerate launch --cpu starts one process here: pass --num_processes N on one machine, or start the "
-            "ranks with torchrun --nproc_per_node N -m llmprune ..."
+            f"ranks with torchrun --nproc_per_node N -m {module} ..."
         )
     count: int = asked.num_processes
     environment.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count))
@@ -73,6 +73,6 @@ def launcher_arguments(command: Sequence[str]) -> list[str] | None:
     return None
 
 
-def _start_rank(rank: int) -> subprocess.Popen[bytes]:
+def _start_rank(module: str, rank: int) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-    return subprocess.Popen([sys.executable, "-m", "llmprune", *sys.argv[1:]], env=environment)
+    return subprocess.Popen([sys.executable, "-m", module, *sys.argv[1:]], env=environment)

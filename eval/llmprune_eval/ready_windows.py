@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmprune.errors import InputError
+from llmprune_eval.errors import InputError
 
 Windows = Tensor | np.ndarray[Any, Any] | Sequence[Sequence[int]]
 """What a user may hand over as token windows [n, seqlen]."""

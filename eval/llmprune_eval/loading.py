@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
-from llmprune.errors import InputError
+from llmprune_eval.errors import InputError
 
 log = logging.getLogger(__name__)
 
@@ -47,9 +47,13 @@ def load_config(name: str, trust_remote_code: bool = False) -> Any:
 
 
 def load_model(
-    name: str, dtype: str = "auto", trust_remote_code: bool = False, device: torch.device | None = None
+    name: str,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    device: torch.device | None = None,
+    device_map: str | None = None,
 ) -> PreTrainedModel:
-    """Load a causal language model on the CPU or a device, every weight of it from the checkpoint.
+    """Load a causal language model on the CPU, a device, or spread by a device map, every weight from the checkpoint.
 
     Raises:
         InputError: it cannot be opened, lacks weights, or holds NaN or infinity.
@@ -64,6 +68,7 @@ def load_model(
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
+            device_map=device_map,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below, by name
         )
