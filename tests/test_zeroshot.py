@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from broken import OVERFLOWING, words
+from broken import OVERFLOWING, word_tokenizer, words
 from corpus import strict_json
 from llmprune_eval.generation import repetition
 from test_launch import launch
@@ -45,9 +45,12 @@ DOCUMENTS = [
 
 
 @pytest.fixture
-def own(tmp_path: Path) -> Path:
-    """A folder with the tasks `first_words` and `second_words`, both on one local file."""
+def own(tmp_path: Path, dense: Path) -> Path:
+    """A folder with the tasks `first_words` and `second_words`, both on one local file; lm-eval wants an end token."""
     pytest.importorskip("lm_eval")
+    tokenizer = word_tokenizer()
+    tokenizer.eos_token = "<unk>"
+    tokenizer.save_pretrained(dense)
     folder = tmp_path / "own"
     folder.mkdir()
     file = folder / "words.jsonl"
@@ -160,6 +163,13 @@ def test_unknown_tasks_are_told_near_names(dense: Path, tmp_path: Path, refused:
 )
 def test_options_that_make_no_sense(options: tuple[str, ...], wanted: str, dense: Path, refused: Refused) -> None:
     assert wanted in refused("eval", dense, *options)
+
+
+@pytest.mark.usefixtures("own")
+def test_a_tokenizer_without_start_and_end(dense: Path, own: Path, refused: Refused) -> None:
+    word_tokenizer().save_pretrained(dense)
+    said = refused("eval", dense, "--tasks", "first_words", "--include-path", own)
+    assert "has neither start nor end token" in said
 
 
 def test_a_data_file_that_is_not_there(dense: Path, own: Path, refused: Refused) -> None:

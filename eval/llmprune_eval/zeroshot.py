@@ -36,9 +36,10 @@ class Examinee:
         """An HFLM that shares its requests with the other processes, if there are any."""
         from lm_eval.models.huggingface import HFLM
 
-        lm: Any = HFLM(
-            pretrained=self.opened.model, tokenizer=self.opened.required_tokenizer(), batch_size=self.batch_size
-        )
+        tokenizer = self.opened.required_tokenizer()
+        if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+            raise InputError(f"the tokenizer of {self.opened.name} has neither start nor end token: lm-eval needs one")
+        lm: Any = HFLM(pretrained=self.opened.model, tokenizer=tokenizer, batch_size=self.batch_size)
         if PartialState().num_processes > 1:  # HFLM leaves this to whoever hands it a model
             lm.accelerator = Accelerator()
             lm._rank, lm._world_size = lm.accelerator.process_index, lm.accelerator.num_processes
