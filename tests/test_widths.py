@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from fractions import Fraction
+from typing import Any
 
 import pytest
 from cutting import assert_same, bits, block_sizes, cut
@@ -62,6 +63,16 @@ def test_biases_that_a_method_adds_are_paid_for(method: str, sparsity: float, wi
     gone = 1 - sum(block_sizes(result.model)) / dense
     assert sparsity <= gone < sparsity + 3 * 98 / dense
     assert bool(result.report.bias_flags) == (method == "stade")
+
+
+@pytest.mark.parametrize("options", [{"ignore": ("k_proj",)}, {"keep_heads": True}])
+def test_what_is_left_alone_is_given_no_bias(options: dict[str, Any], windows: Tensor) -> None:
+    model = make_llama()
+    dense = sum(block_sizes(model))
+    config = PruneConfig(method="stade", pattern="uniform", sparsity=0.25, device="cpu", **options)
+    result = prune(model, config, tokens=windows)
+    assert result.report.bias_flags == ["mlp_bias"]
+    assert 0.25 <= 1 - sum(block_sizes(result.model)) / dense < 0.25 + 3 * 98 / dense
 
 
 @pytest.mark.parametrize("sparsity", [0.1, 0.4])

@@ -95,14 +95,13 @@ def make_structure(
     layout = find_layout(model)
     ignored = [kind.site for kind in layout.kinds if not _is_wanted(kind, blocks)]
     goal, subject = (1 - sparsity) * blocks[0].parameters, model
+    choose = partial(choose_widths, ignored=ignored, keep_heads=keep_heads, round_channels=round_channels)
     if moves_bias:
-        paths = {kind.site for kind in layout.kinds}
+        paths = choose(model, layout, goal).kept  # what is left alone is given no bias
         moved = [site for block in blocks for path, site in _projections(block).items() if path in paths]
         subject = with_biases(model, moved)
         layout = find_layout(subject)
-    fit = partial(
-        choose_widths, subject, layout, goal, ignored=ignored, keep_heads=keep_heads, round_channels=round_channels
-    )
+    fit = partial(choose, subject, layout, goal)
     widths = fit()
     left = sum(p.numel() for p in find_blocks(subject)[0][1].parameters()) - widths.removed
     structure = Structure(layout, widths, blocks[0].parameters - left, lambda shares: fit(shares=shares))
