@@ -42,7 +42,7 @@ def check_page(path: Path) -> None:
     if path.suffix not in (".html", ".htm"):
         raise InputError(f"--html {path}: give a file whose name ends in .html")
     folder = path.absolute().parent
-    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+    if os.path.isdir(path) or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
         raise InputError(f"--html {path} cannot be written: give a file in a folder that exists and is writable")
 
 

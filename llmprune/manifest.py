@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     """
     path = folder / MANIFEST
     try:
-        if not path.is_file():
+        if not os.path.isfile(path):  # False for a name that cannot be
             return None
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -161,13 +161,15 @@ def test_folders_of_one_name_are_told_apart(pair: tuple[Path, Path], tmp_path: P
 def test_bad_input(pair: tuple[Path, Path], dense: Path, tmp_path: Path, refused: Refused) -> None:
     half, smaller = pair
     assert "holds neither llmprune.json nor evaluation.json: measure it by" in refused("compare", half, dense)
-    assert "does not exist" in refused("compare", half, "nowhere")
+    (tmp_path / "loop").symlink_to("loop")
+    for name in ("nowhere", "x" * 300, "loop"):
+        assert "does not exist" in refused("compare", half, name)
     assert "is given twice" in refused("compare", half, "half/llmprune.json")
     for name in ("page.txt", "page"):
         assert "name ends in .html" in refused("compare", half, smaller, "--html", name)
     (tmp_path / "folder.html").mkdir()
-    for name in ("nowhere/page.html", "folder.html"):
-        assert "cannot be written: give a file in a folder" in refused("compare", half, smaller, "--html", name)
+    for name in ("nowhere/page.html", "folder.html", "x" * 300 + ".html"):
+        assert "cannot be written" in refused("compare", half, smaller, "--html", name)
     bare = tmp_path / "bare.json"
     bare.write_text(json.dumps({"schema": SCHEMA, "model": {}, "parts": []}))
     assert "does not name the model" in refused("compare", half, bare)

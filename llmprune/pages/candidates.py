@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -100,21 +101,21 @@ def read_candidates(paths: Sequence[Path]) -> list[Candidate]:
     Raises:
         InputError: one holds nothing to compare, is damaged, or is given twice.
     """
-    places = [path.parent if path.name in (MANIFEST, RESULT) and path.is_file() else path for path in paths]
-    whole = [place.resolve() for place in places]
+    places = [path.parent if path.name in (MANIFEST, RESULT) and os.path.isfile(path) else path for path in paths]
+    whole = [Path(os.path.realpath(place)) for place in places]
     for i, place in enumerate(whole):
         if place in whole[:i]:
             raise InputError(f"{paths[i]} is given twice: leave it out once")
-    names = [place.stem if place.is_file() else place.name for place in whole]
+    names = [place.stem if os.path.isfile(place) else place.name for place in whole]
     found = [_read(place, name) for place, name in zip(places, names, strict=True)]
     same = {one.name for i, one in enumerate(found) if one.name in [other.name for other in found[:i]]}
     return [replace(one, name=str(path)) if one.name in same else one for one, path in zip(found, paths, strict=True)]
 
 
 def _read(path: Path, name: str) -> Candidate:
-    if path.is_file():
+    if os.path.isfile(path):
         return _from_result(Result.read(path), name, path)
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise InputError(f"{path} does not exist: give folders that llmprune wrote, or files of `llmprune eval`")
     manifest = read_manifest(path)
     result = Result.read(path / RESULT) if (path / RESULT).exists() else None
@@ -143,7 +144,7 @@ def _from_result(result: Result, name: str, path: Path) -> Candidate:
     if not isinstance(model, str):
         raise InputError(f"{path} does not name the model that was measured: measure again")
     there = Path(model, MANIFEST)
-    manifest = read_manifest(Path(model)) if there.is_file() else None
+    manifest = read_manifest(Path(model)) if os.path.isfile(there) else None
     if manifest is not None and hashlib.sha256(there.read_bytes()).hexdigest() == facts.get("manifest_sha256"):
         return from_folder(Path(model), name, manifest, result)
     return Candidate(name, model, None, tuple(result.parts), None, facts.get("bytes"), facts.get("parameters"),
@@ -154,7 +155,7 @@ def same_model(one: str | None, other: str | None) -> bool:
     """True if both name the same folder, or the same model of the Hub."""
     if one is None or other is None:
         return False
-    return one == other or (Path(one).exists() and Path(one).resolve() == Path(other).resolve())
+    return one == other or (os.path.exists(one) and os.path.realpath(one) == os.path.realpath(other))
 
 
 def with_dense(candidates: Sequence[Candidate]) -> list[Candidate]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ def renewed(card: str, section: str) -> str:
 def _metadata(manifest: dict[str, Any]) -> ModelCardData:
     """The card's head; what nobody knows is left out."""
     base = str(manifest["model"])
-    on_hub = not Path(base).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", base) is not None
+    on_hub = not os.path.exists(base) and re.fullmatch(r"[\w.-]+/[\w.-]+", base) is not None
     tags = ["llmprune", "pruned", str(manifest["config"]["method"])]
     tags.append("structured-pruning" if manifest["widths"] else "sparse")
     return ModelCardData(
@@ -82,7 +83,7 @@ def _metadata(manifest: dict[str, Any]) -> ModelCardData:
 def _license(base: str) -> str | None:
     """Of the base model, from its card in its folder or in the Hub's cache."""
     path: Any = Path(base, CARD)
-    if not Path(base).is_dir():
+    if not os.path.isdir(base):
         path = try_to_load_from_cache(base, CARD) if re.fullmatch(r"[\w.-]+/[\w.-]+", base) else None
     if not isinstance(path, (str, Path)) or not Path(path).is_file():
         return None
