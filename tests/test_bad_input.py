@@ -211,7 +211,7 @@ def test_cuda_without_a_device(dense: Path, text: Path, refused: Refused) -> Non
         ("prune dense", "no output folder: pass -o FOLDER, or --dry-run"),
         ("prune dense -o out", "method wanda needs calibration text: pass --dataset FILE, a Hub name such as c4, or"),
         ("prune dense extra -o out", "unexpected extra argument"),
-        ("eval dense", "Missing option '--dataset'"),
+        ("eval dense", "nothing to measure was asked for"),
         ("eval dense --dataset windows.npy", "dataset 'windows.npy' does not exist"),
         ("eval dense --dataset self", "evaluation needs text"),
         ("eval dense --dataset text.txt --max-seq-length 65", "windows of 65 tokens exceed the model's 64 positions"),

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from llmprune import InputError, PruneConfig, PruneResult, checkpoint, prune
 
 Refused = Callable[..., str]
-INTERRUPTED = "llmprune: interrupted; no output was written\n"
+INTERRUPTED = "llmprune: interrupted; nothing half-written is left\n"
 PATIENCE = 120.0
 
 

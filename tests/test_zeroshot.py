@@ -187,7 +187,10 @@ def test_two_processes_give_the_figures_of_one(dense: Path, own: Path, data: Pat
     assert [part["kind"] for part in together] == ["perplexity", "task", "generation"]
     for one, other in zip(together, alone, strict=True):
         assert one["protocol"] == other["protocol"]
-        assert one["values"] == pytest.approx(other["values"], rel=1e-6)
+        assert one["values"].keys() == other["values"].keys()
+        for metric, value in one["values"].items():  # a text of fewer than four tokens has no repetition
+            expected = other["values"][metric]
+            assert value == (expected and pytest.approx(expected, rel=1e-6))
         assert one["samples"] == other["samples"]
 
 

@@ -47,7 +47,7 @@ def run(app: typer.Typer, words: Sequence[str], module: str) -> None:
         _fail(f"no memory is left ({str(error).partition('. ')[0][:120]}): {LESS_MEMORY}", module, debug)
     except (KeyboardInterrupt, typer.Abort):
         if is_first():
-            typer.echo(f"{module}: interrupted; no output was written", err=True)
+            typer.echo(f"{module}: interrupted; nothing half-written is left", err=True)
         sys.exit(INTERRUPTED)
 
 
