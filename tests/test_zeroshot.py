@@ -127,13 +127,16 @@ def test_what_is_finished_is_kept_and_not_measured_again(
     assert code == 2 and "task first_words failed in lm-eval (TypeError" in err
 
 
+@pytest.mark.usefixtures("unproved")
 def test_a_folder_that_llmprune_wrote_keeps_its_result(dense: Path, own: Path, data: Path, ok: Ok) -> None:
-    (dense / "llmprune.json").write_text("{}")
-    ok("eval", dense, "--tasks", "first_words", "--include-path", own, "--limit", 2)
-    text = ok("eval", dense, "--dataset", data / "a.npy", "--device-map", "auto", "--batch-size", "auto")
-    kept = json.loads((dense / "evaluation.json").read_text())
+    ok("prune", dense, "-o", "out", "--method", "magnitude")
+    ok("eval", "out", "--tasks", "first_words", "--include-path", own, "--limit", 2)
+    text = ok("eval", "out", "--dataset", data / "a.npy", "--device-map", "auto", "--batch-size", "auto")
+    kept = json.loads(Path("out", "evaluation.json").read_text())
     assert [part["kind"] for part in kept["parts"]] == ["task", "perplexity"]
-    assert str(dense / "evaluation.json") in text
+    assert "out/evaluation.json" in text
+    card = Path("out", "README.md").read_text()
+    assert "first_words" in card and f"{kept['parts'][1]['values']['perplexity']:.4g}" in card
 
 
 def test_likelihoods_that_are_nan(dense: Path, own: Path, refused: Refused) -> None:
@@ -152,7 +155,7 @@ def test_unknown_tasks_are_told_near_names(dense: Path, tmp_path: Path, refused:
     ("options", "wanted"),
     [
         ((), "nothing to measure was asked for"),
-        (("--generate", "--against", "x"), "--against compares two models on a text"),
+        (("--tasks", "story_endings", "--against", "x"), "--against compares two models on a text"),
         (("--suite", "nonesuch"), "suite 'nonesuch' is unknown: use one of wanda"),
         (("--generate", "--batch-size", "many"), "--batch-size many: give a number of at least 1, or auto"),
         (("--generate", "--limit", "0"), "--limit 0.0: give a number of documents"),
@@ -214,6 +217,18 @@ def test_continuations_are_greedy_whatever_the_checkpoint_says(dense: Path, ok: 
     grams = {tuple(ids[i : i + 4]) for i in range(3, 20)}
     assert part["values"] == {"repetition": pytest.approx(1 - len(grams) / 17), "tokens": 20}
     assert "w1 w2 w3 [...]" in ok("eval", dense, "--prompt", "w1 w2 w3")
+
+
+@pytest.mark.usefixtures("unproved")
+def test_the_dense_model_continues_the_same_prompts(dense: Path, ok: Ok) -> None:
+    ok("prune", dense, "-o", "out", "--method", "random", "--sparsity", 0.5)
+    prompts = ("--prompt", "w1 w2 w3", "--prompt", "w7 w8", "--max-new-tokens", 12, "--json")
+    (own,) = strict_json(ok("eval", dense, *prompts))["parts"]
+    (part,) = strict_json(ok("eval", "out", *prompts, "--against", dense))["parts"]
+    assert [row["dense_text"] for row in part["samples"]] == [row["text"] for row in own["samples"]]
+    assert [row["text"] for row in part["samples"]] != [row["text"] for row in own["samples"]]
+    assert part["values"]["dense_repetition"] == own["values"]["repetition"]
+    assert part["protocol"]["against"] == str(dense) and own["protocol"]["against"] is None
 
 
 @pytest.mark.usefixtures("unproved")

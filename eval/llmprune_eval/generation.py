@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from llmprune_eval.errors import InputError
 from llmprune_eval.evaluate import evaluating
 from llmprune_eval.result import Part
-from llmprune_eval.wanted import Opened, Wanted
+from llmprune_eval.wanted import Opened, Reference, Wanted
 from llmprune_eval.windows import model_positions
 
 PROMPTS = (
@@ -44,6 +45,7 @@ class Generation:
 
     opened: Opened
     wanted: Wanted
+    reference: Reference
     kind = "generation"
     name = "greedy continuations"
 
@@ -56,6 +58,8 @@ class Generation:
             "decoding": "greedy",
             "repetition": f"1 - distinct / all {NGRAM}-grams of tokens, mean over continuations",
             "dtype": self.opened.dtype,
+            "against": self.wanted.against,
+            "against_sha256": self.reference.sha256,
         }
 
     def measure(self) -> list[Part]:
@@ -68,9 +72,19 @@ class Generation:
         if not PartialState().is_main_process:
             return []
         start = time.perf_counter()
-        with evaluating(self.opened.model):
+        values, samples = self._all(self.opened.model, asked["max_new_tokens"])
+        if self.reference.model is not None:
+            dense, texts = self._all(self.reference.model, asked["max_new_tokens"])
+            values |= {f"dense_{name}": value for name, value in dense.items()}
+            samples = [{**own, "dense_text": their["text"]} for own, their in zip(samples, texts, strict=True)]
+        seconds = time.perf_counter() - start
+        return [Part(self.kind, self.name, asked, values, samples=samples, seconds=seconds)]
+
+    def _all(self, model: PreTrainedModel, new_tokens: int) -> tuple[dict[str, float | None], list[dict[str, Any]]]:
+        """What a model writes after every prompt, with the means over all."""
+        with evaluating(model):
             samples = [
-                self._continued(prompt, asked["max_new_tokens"])
+                self._continued(model, prompt, new_tokens)
                 for prompt in tqdm(self.wanted.prompts, desc="generating", disable=None, leave=False)
             ]
         rates = [sample["repetition"] for sample in samples if sample["repetition"] is not None]
@@ -78,8 +92,7 @@ class Generation:
             "repetition": fmean(rates) if rates else None,
             "tokens": fmean(sample["tokens"] for sample in samples),
         }
-        seconds = time.perf_counter() - start
-        return [Part(self.kind, self.name, asked, values, samples=samples, seconds=seconds)]
+        return values, samples
 
     def _encode(self, prompt: str) -> list[int]:
         ids: list[int] = self.opened.required_tokenizer()(prompt)["input_ids"]
@@ -99,8 +112,8 @@ class Generation:
         return asked or min(NEW_TOKENS, room)
 
     @torch.no_grad()
-    def _continued(self, prompt: str, new_tokens: int) -> dict[str, Any]:
-        model, tokenizer = self.opened.model, self.opened.required_tokenizer()
+    def _continued(self, model: PreTrainedModel, prompt: str, new_tokens: int) -> dict[str, Any]:
+        tokenizer = self.opened.required_tokenizer()
         ids = torch.tensor([self._encode(prompt)], device=next(model.get_input_embeddings().parameters()).device)
         generate: Any = model.generate
         written = generate(

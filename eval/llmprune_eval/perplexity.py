@@ -14,11 +14,11 @@ from transformers import PreTrainedModel
 from llmprune_eval.errors import InputError
 from llmprune_eval.evaluate import Evaluation, evaluate
 from llmprune_eval.hashing import sha256_of_files
-from llmprune_eval.loading import load_config, load_tokenizer
+from llmprune_eval.loading import load_tokenizer
 from llmprune_eval.ready_windows import digest, read_npy
-from llmprune_eval.result import Part, finite, weights_sha256
+from llmprune_eval.result import Part, finite
 from llmprune_eval.text import TextSource, joined_windows, open_text
-from llmprune_eval.wanted import Opened, Wanted
+from llmprune_eval.wanted import Opened, Reference, Wanted
 from llmprune_eval.windows import check_vocabulary, window_length
 
 LARGEST_BATCH = 64
@@ -31,6 +31,7 @@ class Perplexity:
 
     opened: Opened
     wanted: Wanted
+    reference: Reference
     kind = "perplexity"
 
     @property
@@ -57,7 +58,7 @@ class Perplexity:
             "seqlen": window_length(self.opened.model, seqlen),
             "limit": self.wanted.num_samples,
             "dtype": self.opened.dtype,
-            "against_sha256": self._dense_sha256(),
+            "against_sha256": self.reference.sha256,
         }
 
     def measure(self) -> list[Part]:
@@ -70,7 +71,7 @@ class Perplexity:
         asked, model = self.asked, self.opened.model
         windows = self._windows(asked["seqlen"])
         check_vocabulary(model, windows, self.name)
-        dense = Opened.of(self.wanted.against, self.wanted).model if self.wanted.against else None
+        dense = self.reference.model
         if dense is not None:
             window_length(dense, windows.shape[1])
         scores = self._scores(windows, dense)
@@ -118,12 +119,3 @@ class Perplexity:
         tokens = [getattr(holder, "bos_token_id", None) for holder in holders]
         starts = (windows[:, 0] == next((t for t in tokens if isinstance(t, int)), -1)).tolist()
         return "every window" if all(starts) else "first window" if starts[0] else "none"
-
-    def _dense_sha256(self) -> str | None:
-        """By which the dense model is known: hash of its weights, or the Hub's commit."""
-        against = self.wanted.against
-        if against is None:
-            return None
-        config = load_config(against, self.wanted.trust_remote_code)
-        commit: str | None = getattr(config, "_commit_hash", None)
-        return weights_sha256(Path(against)) if Path(against).is_dir() else commit

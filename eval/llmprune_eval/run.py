@@ -12,7 +12,7 @@ from llmprune_eval.catalogue import Catalogue
 from llmprune_eval.generation import Generation
 from llmprune_eval.perplexity import Perplexity
 from llmprune_eval.result import Part, Result, describe_model, own_file
-from llmprune_eval.wanted import Opened, Wanted
+from llmprune_eval.wanted import Opened, Reference, Wanted
 from llmprune_eval.zeroshot import Examinee, ZeroShot
 
 
@@ -48,12 +48,12 @@ class Evaluation:
     def __init__(self, wanted: Wanted, output: Path | None = None) -> None:
         catalogue = Catalogue(wanted.tasks, wanted.include_path) if wanted.tasks else None
         self.names: list[str] = catalogue.names if catalogue else []
-        opened = Opened.of(wanted.model, wanted)
-        self.measurements: list[Measurement] = [Perplexity(opened, wanted)] if wanted.dataset else []
+        opened, dense = Opened.of(wanted.model, wanted), Reference(wanted)
+        self.measurements: list[Measurement] = [Perplexity(opened, wanted, dense)] if wanted.dataset else []
         if catalogue is not None:
             examinee = Examinee(opened, wanted.batch_size)
             self.measurements += [ZeroShot(name, examinee, catalogue, wanted) for name in self.names]
-        self.measurements += [Generation(opened, wanted)] if wanted.prompts else []
+        self.measurements += [Generation(opened, wanted, dense)] if wanted.prompts else []
         self.result = Result.open(output or own_file(wanted.model), describe_model(wanted.model, opened.model))
         PartialState().wait_for_everyone()  # all have read the file before the first one writes to it
         if not PartialState().is_main_process:

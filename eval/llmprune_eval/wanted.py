@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from transformers import PreTrainedModel
 
 from llmprune_eval.devices import resolve_device
 from llmprune_eval.errors import InputError
-from llmprune_eval.loading import load_model, load_tokenizer
+from llmprune_eval.loading import load_config, load_model, load_tokenizer
+from llmprune_eval.result import weights_sha256
 from llmprune_eval.windows import check_dataset
 
 AUTO = "auto"
@@ -59,8 +61,8 @@ class Wanted:
         """Raise InputError for what makes no sense, before anything is loaded."""
         if not (self.dataset or self.tasks or self.prompts):
             raise InputError("nothing to measure was asked for: pass --dataset, --tasks, --suite or --generate")
-        if self.against and not self.dataset:
-            raise InputError("--against compares two models on a text: pass --dataset as well")
+        if self.against and not (self.dataset or self.prompts):
+            raise InputError("--against compares two models on a text: pass --dataset or --generate as well")
         if self.dataset == "self":
             raise InputError(
                 "--dataset self: evaluation needs text that others wrote (.txt, .jsonl, .parquet, .npy, or a Hub name)"
@@ -114,3 +116,26 @@ class Opened:
                 f"{self.name} has no tokenizer: copy the dense model's tokenizer files into it, or pass .npy windows"
             )
         return self.tokenizer
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The dense model of an evaluation, if it has one; loaded when first needed."""
+
+    wanted: Wanted
+
+    @cached_property
+    def model(self) -> PreTrainedModel | None:
+        """Raise InputError if it does not load."""
+        against = self.wanted.against
+        return Opened.of(against, self.wanted).model if against is not None else None
+
+    @cached_property
+    def sha256(self) -> str | None:
+        """By which it is known: hash of its weights, or the Hub's commit."""
+        against = self.wanted.against
+        if against is None:
+            return None
+        config = load_config(against, self.wanted.trust_remote_code)
+        commit: str | None = getattr(config, "_commit_hash", None)
+        return weights_sha256(Path(against)) if Path(against).is_dir() else commit
