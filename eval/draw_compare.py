@@ -21,7 +21,8 @@ RUNS = {
     "smaller": "--method obs --pattern uniform --sparsity 0.2 --compensation least-squares",
 }
 CALIBRATION = "--num-calibration-samples 32 --max-seq-length 256"
-EVALUATION = "--max-seq-length 256 --num-samples 60"
+EVALUATION = "--max-seq-length 256 --num-samples 60 --tasks story_endings --generate"
+TIMING = "--batch-sizes 1 --turns 9"
 WIDTH, HEIGHT = 1200, 1720
 """Of the picture: the page goes on below."""
 
@@ -34,6 +35,7 @@ def main() -> None:
         for name, options in RUNS.items():
             run(scratch, f"prune {DENSE} -o {name} {options} --dataset {TRAIN} {CALIBRATION}")
             run(scratch, f"eval {name} --against {DENSE} --dataset {OTHER} {EVALUATION}")
+            run(scratch, f"bench {name} --against {DENSE} {TIMING}")
         run(scratch, f"compare {' '.join(RUNS)} --html compare.html")
         take(browser, Path(scratch), ROOT / "eval/results/compare.png")
 
