@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+import os
 import re
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -184,7 +185,14 @@ def _commit(task: Any) -> str | None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the progress bars of lm-eval and datasets where nobody looks; what lm-eval prints is no result."""
+    """Progress bars only where somebody looks; what lm-eval prints is no result, and what its `git` says no error."""
     seen = sys.stderr.isatty() and PartialState().is_main_process
-    with nullcontext() if seen else redirect_stderr(io.StringIO()), redirect_stdout(sys.stderr):
-        yield
+    screen = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere, os.fdopen(os.dup(screen), "w") as bars:
+            os.dup2(nowhere.fileno(), 2)
+            with redirect_stderr(bars if seen else io.StringIO()), redirect_stdout(sys.stderr):
+                yield
+    finally:
+        os.dup2(screen, 2)
+        os.close(screen)
