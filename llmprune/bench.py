@@ -10,7 +10,7 @@ import torch
 from llmprune_eval.devices import resolve_device
 from llmprune_eval.loading import load_model
 from llmprune_eval.peaks import MEMORY, allocated_peaks, resident_peaks
-from llmprune_eval.result import RESULT, Result, describe_model, own_file
+from llmprune_eval.result import Result, check_place, describe_model, own_file
 from llmprune_eval.speed import Load, Peaks, measure_speed
 from llmprune_eval.windows import model_positions
 from transformers import PreTrainedModel
@@ -40,15 +40,15 @@ def run_bench(
     place = resolve_device(device)
     if place.type not in MEMORY:
         raise InputError(f"--device {device}: speed and memory are measured on {' and '.join(MEMORY)} only")
-    if output is not None and output.is_dir():
-        raise InputError(f"--output {output} is a folder: name a file, such as {output / RESULT}")
+    output = output or own_file(names[0])
+    check_place(output)
     models = [load_model(name, dtype, trust_remote_code, place) for name in names]
     for model in models:
         for load in loads:
             load.check(model_positions(model))
     described = [describe_model(name, model) for name, model in zip(names, models, strict=True)]
     against = {key: described[1][key] for key in ("name", "weights_sha256", "dtype")} if len(names) > 1 else None
-    result = Result.open(output or own_file(names[0]), described[0])
+    result = Result.open(output, described[0])
     facts = {"against": against, "memory": MEMORY[place.type]}
     try:
         peaks = _peaks(names, models, loads, place, dtype, trust_remote_code)

@@ -94,6 +94,8 @@ def save_checkpoint(
     check_target(target, overwrite, report.model, size)
     with _built_beside(target, overwrite) as folder:
         model.save_pretrained(folder)
+        for file in folder.glob("*.safetensors"):  # written for its owner alone
+            shutil.copymode(folder / "config.json", file)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         proof = prove_reload(model, folder)

@@ -45,6 +45,6 @@ def refresh(folder: Path) -> None:
     comparison = compare([from_folder(folder, name, manifest, result)])
     card = folder / CARD
     if card.is_file():
-        old = card.read_text(encoding="utf-8")
+        old = card.read_bytes().decode("utf-8", "surrogateescape")  # line ends and all else as the user has them
         write_text(card, renewed(old, results_section(comparison)), ADVICE)
     write_text(folder / REPORT, render(comparison, f"Pruning report: {name}"), ADVICE)

@@ -187,3 +187,35 @@ def test_damaged_files(pair: tuple[Path, Path], refused: Refused) -> None:
         assert "the manifest" in (line := refused("compare", half, smaller)) and "damaged" in line
     (half / "llmprune.json").write_text("[")
     assert "llmprune.json is damaged" in refused("compare", half, smaller)
+
+
+def test_a_mean_needs_one_way_of_asking(pair: tuple[Path, Path], dense: Path, ok: Ok) -> None:
+    half, smaller = pair
+    for folder in pair:
+        keep(folder / RESULT, folder, task("a", 0.5), task("b", 0.25))
+    (mean,) = (
+        c for c in strict_json(ok("compare", half, smaller, "--json"))["figures"] if c["name"] == "mean of tasks"
+    )
+    assert values(mean) == {"half": 0.375, "smaller": 0.375}
+    for again in (task("a", 0.75, limit=4), task("c", 0.5, num_fewshot=5)):
+        for folder in pair:
+            (folder / RESULT).unlink()
+            keep(folder / RESULT, folder, task("a", 0.5), task("b", 0.25), again)
+        names = [c["name"] for c in strict_json(ok("compare", half, smaller, "--json"))["figures"]]
+        assert "mean of tasks" not in names
+
+
+def test_a_text_is_the_same_wherever_it_lies(pair: tuple[Path, Path], dense: Path, ok: Ok) -> None:
+    for folder, place in zip(pair, ("/a/val.jsonl", "b/val.jsonl"), strict=True):
+        protocol = {**TEXT, "dataset": place, "revision": "1" * 64}
+        keep(folder / RESULT, folder, Part("perplexity", place, protocol, {"perplexity": 3.0}))
+    facts = strict_json(ok("compare", *pair, "--json"))
+    shared = [values(c) for c in by_heading(facts, "perplexity") if c["name"].endswith("val.jsonl")]
+    assert shared == [{"half": 3.0, "smaller": 3.0}]
+
+
+def test_the_result_of_another_model_is_not_believed(pair: tuple[Path, Path], ok: Ok, refused: Refused) -> None:
+    half, smaller = pair
+    ok("eval", half, "--prompt", "w1 w2", "--max-new-tokens", 4)
+    shutil.copy(half / RESULT, smaller / RESULT)
+    assert "holds measurements of another model: delete it" in refused("compare", half, smaller)

@@ -152,3 +152,13 @@ def test_a_folder_appears_with_its_explanation_or_not_at_all(
     with pytest.raises(InputError, match="the disk is full"):
         result.save(tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"dense"}
+
+
+def test_what_a_user_wrote_stays_to_the_byte(pruned: Path, dense: Path) -> None:
+    card = pruned / "README.md"
+    own = b"caf\xe9 notes\r\nof mine\r\n"
+    card.write_bytes(own + card.read_bytes() + own)
+    measure(pruned, 9.0, dense)
+    refresh(pruned)
+    assert card.read_bytes().startswith(own) and card.read_bytes().endswith(own)
+    assert b"| out | 9 |" in card.read_bytes()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from llmprune_eval import InputError
-from llmprune_eval.result import SCHEMA, Part, Result, describe_model, weights_sha256
+from llmprune_eval.result import SCHEMA, Part, Result, check_place, describe_model, weights_sha256
 from transformers import PreTrainedModel
 
 MODEL = {"name": "a", "weights_sha256": "1" * 64}
@@ -74,3 +74,38 @@ def test_a_model_is_known_by_its_weights(llama: PreTrainedModel, tmp_path: Path)
     weight.data[0, 0] += 1
     llama.save_pretrained(tmp_path / "model")
     assert weights_sha256(tmp_path / "model") != first["weights_sha256"]
+
+
+def test_two_writers_keep_each_other_s_parts(tmp_path: Path) -> None:
+    one, other = (Result.open(tmp_path / "evaluation.json", MODEL) for _ in range(2))
+    one.add(part(1.0, seqlen=10))
+    other.add(part(2.0, seqlen=20))
+    one.add(part(3.0, seqlen=30))
+    assert [p.values["perplexity"] for p in Result.read(tmp_path / "evaluation.json").parts] == [1.0, 2.0, 3.0]
+
+
+@pytest.mark.parametrize("damage", [
+    {"kind": "zzz"}, {"values": []}, {"values": {"acc": "abc"}}, {"protocol": None}, {"stderr": None}, {"samples": {}},
+])  # fmt: skip
+def test_a_damaged_part(damage: dict[str, object], tmp_path: Path) -> None:
+    path = tmp_path / "evaluation.json"
+    Result.open(path, MODEL).add(part())
+    facts = json.loads(path.read_text(encoding="utf-8"))
+    facts["parts"][0] |= damage
+    path.write_text(json.dumps(facts), encoding="utf-8")
+    with pytest.raises(InputError, match="is no result of an evaluation"):
+        Result.read(path)
+
+
+def test_a_link_to_a_result_stays_a_link(tmp_path: Path) -> None:
+    link = tmp_path / "link.json"
+    link.symlink_to(tmp_path / "real.json")
+    Result(MODEL, path=link).add(part())
+    assert link.is_symlink() and Result.read(tmp_path / "real.json").parts == [part()]
+
+
+def test_a_place_that_cannot_hold_a_result_is_found_beforehand(tmp_path: Path) -> None:
+    check_place(tmp_path / "new" / "deep" / "result.json")
+    for place, said in ((tmp_path, "is a folder: name a file"), (Path("/dev/null"), "cannot be written")):
+        with pytest.raises(InputError, match=said):
+            check_place(place)

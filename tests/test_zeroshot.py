@@ -15,6 +15,7 @@ import torch
 from broken import OVERFLOWING, word_tokenizer, words
 from corpus import strict_json
 from llmprune_eval.generation import repetition
+from llmprune_eval.result import Result
 from test_launch import launch
 from tiny import ROOT
 from transformers import AutoModelForCausalLM
@@ -217,6 +218,17 @@ def test_continuations_are_greedy_whatever_the_checkpoint_says(dense: Path, ok: 
     grams = {tuple(ids[i : i + 4]) for i in range(3, 20)}
     assert part["values"] == {"repetition": pytest.approx(1 - len(grams) / 17), "tokens": 20}
     assert "w1 w2 w3 [...]" in ok("eval", dense, "--prompt", "w1 w2 w3")
+
+
+def test_another_tokenizer_is_another_measurement(dense: Path, ok: Ok, tmp_path: Path) -> None:
+    command = ("eval", dense, "--prompt", "w1 w2 w3", "--max-new-tokens", 4, "--output", tmp_path / "r.json", "--json")
+    first, again = (strict_json(ok(*command))["parts"][0] for _ in range(2))
+    assert again == first
+    text = (dense / "tokenizer.json").read_text(encoding="utf-8")
+    (dense / "tokenizer.json").write_text(text.replace('"w1"', '"x1"'), encoding="utf-8")
+    other = strict_json(ok(*command))["parts"][0]
+    assert other["protocol"]["tokenizer_sha256"] != first["protocol"]["tokenizer_sha256"]
+    assert len(Result.read(tmp_path / "r.json").parts) == 2
 
 
 @pytest.mark.usefixtures("unproved")

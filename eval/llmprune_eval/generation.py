@@ -58,6 +58,7 @@ class Generation:
             "decoding": "greedy",
             "repetition": f"1 - distinct / all {NGRAM}-grams of tokens, mean over continuations",
             "dtype": self.opened.dtype,
+            "tokenizer_sha256": self.opened.tokenizer_sha256,
             "against": self.wanted.against,
             "against_sha256": self.reference.sha256,
         }

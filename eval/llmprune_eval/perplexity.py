@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel
 
 from llmprune_eval.errors import InputError
 from llmprune_eval.evaluate import Evaluation, evaluate
-from llmprune_eval.hashing import sha256_of_files
+from llmprune_eval.hashing import fingerprint, sha256_of_files
 from llmprune_eval.loading import load_tokenizer
 from llmprune_eval.ready_windows import digest, read_npy
 from llmprune_eval.result import Part, finite
@@ -58,6 +59,7 @@ class Perplexity:
             "seqlen": window_length(self.opened.model, seqlen),
             "limit": self.wanted.num_samples,
             "dtype": self.opened.dtype,
+            "tokenizer_sha256": None if ready else fingerprint(self._tokenizer),
             "against_sha256": self.reference.sha256,
         }
 
@@ -88,15 +90,20 @@ class Perplexity:
         values = {k: finite(v) for k, v in scores.as_dict().items() if k not in ("tokens", "windows")}
         return [Part(self.kind, self.name, protocol, values, seconds=time.perf_counter() - start)]
 
+    @cached_property
+    def _tokenizer(self) -> Any:
+        """The model's own, or the dense model's."""
+        own, against = self.opened.tokenizer, self.wanted.against
+        if own is None and against:
+            own = load_tokenizer(against, self.wanted.trust_remote_code)
+        return own or self.opened.required_tokenizer()
+
     def _windows(self, length: int) -> Tensor:
         """The first windows of the text by its protocol [n, seqlen], or the ready ones."""
         source, limit = self._source, self.wanted.num_samples
         if source is None:
             return read_npy(Path(self.name))[:limit]
-        tokenizer, against = self.opened.tokenizer, self.wanted.against
-        if tokenizer is None and against:
-            tokenizer = load_tokenizer(against, self.wanted.trust_remote_code)
-        tokenizer = tokenizer or self.opened.required_tokenizer()
+        tokenizer = self._tokenizer
         texts = source.read(length * limit) if limit else list(source.texts)
         windows = joined_windows(texts, source.protocol.joiner, tokenizer, length)[:limit]
         if not len(windows):

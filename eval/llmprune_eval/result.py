@@ -6,15 +6,18 @@ fails, and takes those that are there already as done.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
-from contextlib import suppress
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from transformers import PreTrainedModel
 
 from llmprune_eval.errors import InputError
@@ -52,6 +55,19 @@ class Part:
     seconds: float = 0.0
     versions: dict[str, str] = field(default_factory=versions)
     hardware: dict[str, str | int] = field(default_factory=hardware)
+
+    def __post_init__(self) -> None:
+        """Raise TypeError for what a damaged file may hold."""
+        figures = isinstance(self.values, dict) and all(
+            v is None or (isinstance(v, (int, float)) and not isinstance(v, bool)) for v in self.values.values()
+        )
+        if self.kind not in KINDS or not isinstance(self.name, str) or not figures:
+            raise TypeError(f"a part of kind {self.kind!r} with values {self.values!r}")
+        for table in (self.protocol, self.stderr, self.versions, self.hardware):
+            if not isinstance(table, dict):
+                raise TypeError(f"{self.kind} {self.name} holds {table!r} where names and values belong")
+        if not isinstance(self.samples, list) or not all(isinstance(row, dict) for row in self.samples):
+            raise TypeError(f"{self.kind} {self.name} has samples that are no rows")
 
     def answers(self, kind: str, name: str, asked: Mapping[str, Any]) -> bool:
         """True if this is that measurement, by all that is asked of its protocol."""
@@ -111,10 +127,20 @@ class Result:
         return next((part for part in reversed(self.parts) if part.answers(kind, name, asked)), None)
 
     def add(self, part: Part) -> None:
-        """Keep a part, in place of one of the same protocol, and write the file."""
-        self.parts = [p for p in self.parts if not p.answers(part.kind, part.name, part.protocol)] + [part]
-        if self.path is not None:
+        """Keep a part, in place of one of the same protocol, and write the file.
+
+        What others have added to the file in the meantime stays.
+        """
+        if self.path is None:
+            self._keep(part)
+            return
+        with _alone(self.path):
+            self.parts = Result.open(self.path, self.model).parts if self.path.is_file() else self.parts
+            self._keep(part)
             write_json(self.path, self.as_dict())
+
+    def _keep(self, part: Part) -> None:
+        self.parts = [p for p in self.parts if not p.answers(part.kind, part.name, part.protocol)] + [part]
 
     def as_dict(self) -> dict[str, Any]:
         """For the file and --json."""
@@ -136,15 +162,39 @@ def write_text(path: Path, text: str, advice: str) -> None:
     Raises:
         InputError: it cannot be written; ends with `advice`.
     """
+    path = path.resolve()  # what a link leads to is replaced, not the link
     building = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        building.write_text(text, encoding="utf-8")
+        building.write_bytes(text.encode("utf-8", "surrogateescape"))
         building.replace(path)
     except OSError as error:
         with suppress(OSError):
             building.unlink()
         raise InputError(f"{path} cannot be written ({error}): {advice}") from error
+
+
+def check_place(path: Path | None) -> None:
+    """Find out before the work begins whether a result can be kept.
+
+    Raises:
+        InputError: it cannot.
+    """
+    if path is None:
+        return
+    if path.is_dir():
+        raise InputError(f"--output {path} is a folder: name a file, such as {path / RESULT}")
+    there = next(folder for folder in path.absolute().parents if folder.exists())
+    if (path.exists() and not path.is_file()) or not there.is_dir() or not os.access(there, os.W_OK):
+        raise InputError(f"{path} cannot be written: name another file with --output")
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """While it lasts, no other process of this machine adds to the file."""
+    name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
+    with FileLock(Path(tempfile.gettempdir(), f"llmprune-{name}.lock")):
+        yield
 
 
 def finite(value: float) -> float | None:

@@ -11,7 +11,7 @@ from accelerate import PartialState
 from llmprune_eval.catalogue import Catalogue
 from llmprune_eval.generation import Generation
 from llmprune_eval.perplexity import Perplexity
-from llmprune_eval.result import Part, Result, describe_model, own_file
+from llmprune_eval.result import Part, Result, check_place, describe_model, own_file
 from llmprune_eval.wanted import Opened, Reference, Wanted
 from llmprune_eval.zeroshot import Examinee, ZeroShot
 
@@ -46,6 +46,8 @@ class Evaluation:
     """
 
     def __init__(self, wanted: Wanted, output: Path | None = None) -> None:
+        output = output or own_file(wanted.model)
+        check_place(output)
         catalogue = Catalogue(wanted.tasks, wanted.include_path) if wanted.tasks else None
         self.names: list[str] = catalogue.names if catalogue else []
         opened, dense = Opened.of(wanted.model, wanted), Reference(wanted)
@@ -54,7 +56,7 @@ class Evaluation:
             examinee = Examinee(opened, wanted.batch_size)
             self.measurements += [ZeroShot(name, examinee, catalogue, wanted) for name in self.names]
         self.measurements += [Generation(opened, wanted, dense)] if wanted.prompts else []
-        self.result = Result.open(output or own_file(wanted.model), describe_model(wanted.model, opened.model))
+        self.result = Result.open(output, describe_model(wanted.model, opened.model))
         PartialState().wait_for_everyone()  # all have read the file before the first one writes to it
         if not PartialState().is_main_process:
             self.result.path = None
@@ -69,9 +71,9 @@ class Evaluation:
         for measurement in self.measurements:
             found = self.result.find(measurement.kind, measurement.name, measurement.asked)
             for part in [found] if found is not None else measurement.measure():
+                self.parts.append(part)
                 if part is not found:
                     self.result.add(part)
-                self.parts.append(part)
                 yield part
 
     def as_dict(self) -> dict[str, Any]:

@@ -56,11 +56,11 @@ def _tasks(model: str, parts: Sequence[Part], mean: float | None) -> str:
     title = f"{model}, by lm-eval"
     first = parts[0]
     seeds = ", ".join(f"{name} {seed}" for name, seed in first.protocol["seeds"].items())
-    limits = {part.protocol["limit"] for part in parts} - {None}
+    limits = [f"{limit:g}" for limit in {part.protocol["limit"] for part in parts} - {None}]
     versions = ", ".join(f"{p.name} {p.protocol['version']}" for p in parts)
     protocol = (
         f"protocol          lm-eval {first.versions.get('lm_eval')}, {first.protocol['dtype']}, seeds: {seeds}; "
-        f"versions of the tasks: {versions}" + (f"; LIMITED to {', '.join(map(str, limits))}" if limits else "")
+        f"versions of the tasks: {versions}" + (f"; LIMITED to {', '.join(limits)}" if limits else "")
     )
     return f"{table(title, ('task', *ACCURACIES, 'others', 'shots', 'samples'), rows)}\n{protocol}"
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from llmprune_eval.devices import resolve_device
 from llmprune_eval.errors import InputError
+from llmprune_eval.hashing import fingerprint
 from llmprune_eval.loading import load_config, load_model, load_tokenizer
 from llmprune_eval.result import weights_sha256
 from llmprune_eval.windows import check_dataset
@@ -108,6 +109,11 @@ class Opened:
     def dtype(self) -> str:
         """Of the weights, without "torch."."""
         return str(self.model.dtype).removeprefix("torch.")
+
+    @property
+    def tokenizer_sha256(self) -> str | None:
+        """By what the tokenizer is known again: its vocabulary, and what it makes of a text."""
+        return None if self.tokenizer is None else fingerprint(self.tokenizer)
 
     def required_tokenizer(self) -> Any:
         """Raise InputError if there is none."""

@@ -67,6 +67,7 @@ class ZeroShot:
             **self.catalogue.asked(name, self.wanted.num_fewshot),
             "limit": self.wanted.limit,
             "dtype": self.examinee.opened.dtype,
+            "tokenizer_sha256": self.examinee.opened.tokenizer_sha256,
         }
 
     def measure(self) -> list[Part]:

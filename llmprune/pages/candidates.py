@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from llmprune_eval.hashing import sha256_of_files
 from llmprune_eval.result import MANIFEST, RESULT, Part, Result
 
 from llmprune.errors import InputError
@@ -131,6 +131,9 @@ def _read(path: Path, name: str) -> Candidate:
 
 def from_folder(folder: Path, name: str, manifest: dict[str, Any], result: Result | None) -> Candidate:
     """A pruned model, as its folder is now."""
+    measured = None if result is None else result.model.get("manifest_sha256")
+    if measured is not None and measured != sha256_of_files([folder / MANIFEST]):
+        raise InputError(f"{folder / RESULT} holds measurements of another model: delete it, and measure this one")
     parts = [] if result is None else result.parts
     candidate = Candidate.from_manifest(name, str(folder), manifest, parts)
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
@@ -145,7 +148,7 @@ def _from_result(result: Result, name: str, path: Path) -> Candidate:
         raise InputError(f"{path} does not name the model that was measured: measure again")
     there = Path(model, MANIFEST)
     manifest = read_manifest(Path(model)) if os.path.isfile(there) else None
-    if manifest is not None and hashlib.sha256(there.read_bytes()).hexdigest() == facts.get("manifest_sha256"):
+    if manifest is not None and sha256_of_files([there]) == facts.get("manifest_sha256"):
         return from_folder(Path(model), name, manifest, result)
     return Candidate(name, model, None, tuple(result.parts), None, facts.get("bytes"), facts.get("parameters"),
                      facts.get("nonzero"))  # fmt: skip

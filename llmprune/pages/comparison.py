@@ -19,8 +19,8 @@ from llmprune.pages.figures import FIGURES, Figure, words
 
 DENSE = "dense_"
 """What begins the name of a figure of the dense model."""
-SPREAD = ("p10", "p90")
-"""Of the figure beside them: no figures of their own."""
+SPREAD = {"tokens_per_second": ("p10", "p90"), "speedup": ("speedup_p10", "speedup_p90")}
+"""Of the figures: no figures of their own."""
 MEAN = "mean of tasks"
 
 
@@ -110,9 +110,8 @@ def _order(column: Column) -> tuple[int, bool]:
 
 def _add(columns: dict[str, Column], part: Part, place: int, rows: Sequence[Candidate]) -> None:
     """File every figure of a part."""
-    spread = tuple(part.values[key] for key in SPREAD if part.values.get(key) is not None)
     for name, value in part.values.items():
-        if name in SPREAD or (part.kind == "generation" and name not in FIGURES):
+        if any(name in pair for pair in SPREAD.values()) or (part.kind == "generation" and name not in FIGURES):
             continue
         row, figure = place, name
         if name.startswith(DENSE):
@@ -121,12 +120,15 @@ def _add(columns: dict[str, Column], part: Part, place: int, rows: Sequence[Cand
             if row < 0:
                 continue
         protocol = _protocol(part, figure)
-        key = json.dumps([part.kind, part.name, figure, protocol], sort_keys=True, default=str)
+        what = part.name.rsplit("/", 1)[-1] if protocol.get("revision") else part.name  # the text is known by its hash
+        asked = {k: v for k, v in protocol.items() if k != "dataset" or not protocol.get("revision")}
+        key = json.dumps([part.kind, what, figure, asked], sort_keys=True, default=str)
         column = columns.setdefault(key, Column(part.kind, part.name, figure, protocol))
         own = row == place
-        limits = (spread[0], spread[1]) if own and figure == "tokens_per_second" and len(spread) == 2 else None
+        low, high = (part.values.get(limit) for limit in SPREAD.get(name, ("", "")))
+        limits = None if low is None or high is None else (low, high)
         if own or row not in column.cells:
-            column.cells[row] = Cell(value, part.stderr.get(name), limits)  # type: ignore[arg-type]
+            column.cells[row] = Cell(value, part.stderr.get(name), limits)
         if figure == "speedup":
             column.cells.setdefault(_dense_place(part, rows[place], rows), Cell(1.0))
             column.cells.pop(-1, None)
@@ -170,10 +172,11 @@ def _mean_accuracy(columns: Sequence[Column]) -> Column | None:
     accuracies = [column for column in columns if column.kind == "task" and column.figure == "acc"]
     tested = {i for column in accuracies for i in column.cells}
     shared = [c for c in accuracies if set(c.cells) == tested and all(v.value is not None for v in c.cells.values())]
-    if len(shared) < 2:
-        return None
+    settings = [{key: column.protocol.get(key) for key in ("num_fewshot", "limit")} for column in shared]
     tasks = [column.name for column in shared]
-    mean = Column("task", MEAN, "acc", {"mean of": "acc", "tasks": tasks, "protocols": "each task's own"})
+    if len(shared) < 2 or len(set(tasks)) < len(tasks) or any(each != settings[0] for each in settings):
+        return None  # a task measured in two ways, or not all in one: there is no telling which mean is meant
+    mean = Column("task", MEAN, "acc", {"mean of": "acc", "tasks": tasks, **settings[0]})
     mean.cells = {i: Cell(math.fsum(c.cells[i].value or 0.0 for c in shared) / len(shared)) for i in sorted(tested)}
     return mean
 
