@@ -211,7 +211,9 @@ def _picture(rows: list[dict[str, Any]]) -> None:
         axis.tick_params(axis="y", which="both", labelsize=7)
         axis.grid(alpha=0.3, which="both", axis="y")
     axes[0][0].set_ylabel("perplexity / dense (random left out)")
-    axes[0][-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=7)
+    lines = {str(line.get_label()): line for axis in axes[0] for line in axis.get_lines()}  # not every model has all
+    named = [lines[name] for name in ROWS if name in lines]
+    axes[0][-1].legend(handles=named, loc="center left", bbox_to_anchor=(1, 0.5), fontsize=7)
     figure.tight_layout()
     figure.savefig(RESULTS / "structured.png", dpi=110)
 
