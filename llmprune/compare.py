@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from llmprune_eval.result import write_text
 from llmprune_eval.terminal import table
@@ -57,9 +58,19 @@ def comparison_text(comparison: Comparison) -> str:
     for title, kinds in (("Quality", ("perplexity", "task", "generation")), ("Speed", ("speed",))):
         grids = figure_grids(comparison, *kinds, most=NARROW)
         texts += [_drawn(title, grid) for grid in grids] or [f"{title}: not measured"]
-    lines = [f"  [{i}] {column.heading}: {json.dumps(column.protocol, default=str)}"
+    lines = [f"  [{i}] {column.heading}: {_brief(column.protocol)}"
              for i, column in enumerate(comparison.columns, start=1)]  # fmt: skip
     return "\n\n".join([*texts, "\n".join(["Protocols", *lines])])
+
+
+def _brief(protocol: Mapping[str, Any]) -> str:
+    """A protocol in a line or two; hashes by their beginnings. All of it is in the JSON and on the page."""
+    told = {k: v[:12] if isinstance(v, str) and k.endswith(("sha256", "revision")) else v for k, v in protocol.items()}
+    return ", ".join(
+        f"{key.replace('_', ' ')} {value if isinstance(value, str) else json.dumps(value, default=str)}"
+        for key, value in told.items()
+        if value is not None and not isinstance(value, dict)
+    )
 
 
 def _drawn(title: str, grid: Grid) -> str:

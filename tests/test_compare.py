@@ -219,3 +219,14 @@ def test_the_result_of_another_model_is_not_believed(pair: tuple[Path, Path], ok
     ok("eval", half, "--prompt", "w1 w2", "--max-new-tokens", 4)
     shutil.copy(half / RESULT, smaller / RESULT)
     assert "holds measurements of another model: delete it" in refused("compare", half, smaller)
+
+
+def test_timings_whose_spreads_overlap_have_no_best(pair: tuple[Path, Path], dense: Path, ok: Ok) -> None:
+    for limits, starred in (((0.9, 1.3), 0), ((1.15, 1.3), 1)):
+        for folder, values_ in zip(pair, ((1.0, 0.8, 1.1), (1.2, *limits)), strict=True):
+            (folder / RESULT).unlink(missing_ok=True)
+            part = speed(100.0, against=dense)
+            timed = dict(zip(("speedup", "speedup_p10", "speedup_p90"), values_, strict=True))
+            keep(folder / RESULT, folder, Part("speed", part.name, part.protocol, timed, hardware=part.hardware))
+        told = ok("compare", *pair).partition("Speed")[2].partition("Protocols")[0]
+        assert told.count("*") == starred * 2  # in the title, and at the figure

@@ -52,7 +52,7 @@ def parts(value: float, speed: float | None = None) -> list[Part]:
     told = [{"prompt": f"Once {EVIL}", "text": "and then " * 12, "dense_text": "A" * 200}]
     found = [
         Part("perplexity", "val", text, {"perplexity": value, "dense_perplexity": 4.0, "kl": 0.5}),
-        Part("generation", "stories", {"new_tokens": 12, "against": "dense"}, {"repetition_rate": 0.5}, samples=told),
+        Part("generation", "stories", {"new_tokens": 12, "against": "dense"}, {"repetition": 0.5}, samples=told),
         *(Part("task", name, {"num_fewshot": 0}, {"acc": value / 30, "acc_norm": value / 30}) for name in "abcdefg"),
     ]
     if speed is not None:

@@ -204,7 +204,7 @@ def finite(value: float) -> float | None:
 
 def own_file(name: str) -> Path | None:
     """Where the results of a folder belong that a pruner has written; None for other models."""
-    return Path(name, RESULT) if Path(name, MANIFEST).is_file() else None
+    return Path(name, RESULT) if os.path.isfile(os.path.join(name, MANIFEST)) else None
 
 
 def describe_model(name: str, model: PreTrainedModel) -> dict[str, Any]:

@@ -63,7 +63,13 @@ class Column:
         if self.style.better == 0 or len(known) < 2:
             return None
         value, place = max(known, key=lambda pair: pair[0] * self.style.better)
-        return place if [v for v, _ in known].count(value) == 1 else None
+        return place if [v for v, _ in known].count(value) == 1 and not self._overlaps(place, among) else None
+
+    def _overlaps(self, place: int, among: Sequence[int]) -> bool:
+        """True if the spread of a figure reaches into that of another."""
+        own = self.cells[place].spread
+        others = [cell.spread for i, cell in self.cells.items() if i in among and i != place]
+        return own is not None and any(other and other[0] <= own[1] and own[0] <= other[1] for other in others)
 
 
 @dataclass

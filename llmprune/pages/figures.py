@@ -36,7 +36,7 @@ FIGURES = {
     "acc_norm": Figure("acc_norm", 1),
     "exact_match": Figure("exact match", 1),
     "f1": Figure("F1", 1),
-    "repetition_rate": Figure("repetition rate of greedy text", 0, SHARE),
+    "repetition": Figure("repeated 4-grams of greedy text", 0, SHARE),
     "tokens_per_second": Figure("tokens/s"),  # of runs apart, whose difference may be the machine's; see speedup
     "peak_memory": Figure("peak memory", -1, BYTES),
     "speedup": Figure("speed relative to dense", 1, TIMES, relative=True),
