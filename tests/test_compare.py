@@ -230,3 +230,12 @@ def test_timings_whose_spreads_overlap_have_no_best(pair: tuple[Path, Path], den
             keep(folder / RESULT, folder, Part("speed", part.name, part.protocol, timed, hardware=part.hardware))
         told = ok("compare", *pair).partition("Speed")[2].partition("Protocols")[0]
         assert told.count("*") == starred * 2  # in the title, and at the figure
+
+
+@pytest.mark.usefixtures("unproved")
+def test_a_pruned_model_of_its_base_s_name_is_told_from_it(dense: Path, data: Path, tmp_path: Path, ok: Ok) -> None:
+    ok("prune", dense, "-o", "other/dense", "--method", "wanda", "--dataset", data / "a.npy", "--nsamples", 9)
+    facts = strict_json(ok("compare", "other/dense", "--json"))
+    assert {one["name"]: one["dense"] for one in facts["models"]} == {str(dense): True, "dense": False}
+    (held_out,) = by_heading(facts, "perplexity")
+    assert values(held_out).keys() == {str(dense), "dense"}

@@ -176,7 +176,8 @@ def with_dense(candidates: Sequence[Candidate]) -> list[Candidate]:
             rest = [one for one in rest if one is not given]
             known = replace(given, bytes=given.bytes or known.bytes, parameters=given.parameters or known.parameters)
         dense.append(replace(known, dense=True))
-    return dense + rest
+    taken = {one.name for one in rest}
+    return [replace(one, name=one.model) if one.name in taken else one for one in dense] + rest
 
 
 def _known_of(base: str, candidates: Sequence[Candidate]) -> Candidate:
