@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from llmprune.blocks import Skipped
+from llmprune.command_line import shell_command
 from llmprune.config import PruneConfig
 from llmprune.criteria import criterion
 from llmprune.outlook import (
@@ -138,18 +138,10 @@ def _further(two_of_four: Outlook) -> str:
 
 
 def _command(name: str, pattern: str, options: Mapping[str, str], config: PruneConfig) -> str:
-    """The line to type, with whatever of the common options is not the default."""
+    """The line to type, with whatever is not the default; with C4 where a method needs text."""
     chosen = configured(config, pattern, options)
-    suffix = "-".join([pattern, f"{chosen.make_pattern().sparsity:g}"])
-    words = ["llmprune", "prune", name, "-o", f"{Path(name).resolve().name}-{suffix}"]
-    words += [word for option, value in options.items() for word in (f"--{option}", value)]
-    words += ["--pattern", pattern] * (pattern != criterion(options["method"]).pattern)
-    words += [] if chosen.sparsity is None else ["--sparsity", f"{chosen.sparsity:g}"]
-    words += ["--dataset", "c4"] * bool(chosen.make_recipe().needs)
-    plain = PruneConfig()
-    for option in ("num_calibration_samples", "max_seq_length", "batch_size", "dtype"):
-        if (value := getattr(config, option)) != getattr(plain, option):
-            words += [f"--{option.replace('_', '-')}", str(value)]
-    for option in ("ignore", "targets"):
-        words += [word for value in getattr(config, option) for word in (f"--{option}", value)]
-    return shlex.join([*words, *["--trust-remote-code"] * config.trust_remote_code])
+    output = f"{Path(name).resolve().name}-{pattern}-{chosen.make_pattern().sparsity:g}"
+    own = criterion(chosen.method).pattern == pattern
+    needs = bool(chosen.make_recipe().needs)
+    chosen = replace(chosen, pattern=None if own else pattern, dataset="c4" if needs else None)
+    return shell_command(chosen, name, output)

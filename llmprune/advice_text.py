@@ -6,7 +6,7 @@ from llmprune_eval.terminal import table
 
 from llmprune.advice import Advice
 from llmprune.outlook import PACKED, Needs, Outlook
-from llmprune.tables import skipped_lines
+from llmprune.tables import skipped_lines, widths_lines
 
 BASIS = (
     "expected    speeds are expectations, counted and not measured on this model (`llmprune bench` measures):",
@@ -57,11 +57,7 @@ def _units(one: Outlook) -> list[str]:
             "widths      uniform: the share is met to within one unit; the exact widths take a real block in float32:",
             "            `llmprune prune MODEL --pattern uniform --dry-run`",
         ]
-    kept = ", ".join(f"{k['after']} of {k['before']} {k['units']} ({k['projection']})" for k in one.widths["kinds"])
-    return [
-        f"widths      uniform: every block keeps {kept}",
-        *(f"left alone  uniform: {site}: {reason}" for site, reason in one.widths["fixed"].items()),
-    ]
+    return widths_lines(one.widths, "uniform: ")
 
 
 def _needs_lines(advice: Advice) -> list[str]:

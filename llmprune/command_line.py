@@ -15,9 +15,9 @@ OPTIONS = {"hidden": "hidden-mse"}
 """Options of the command line that are not called like their setting."""
 
 
-def shell_command(config: PruneConfig, model: str) -> str:
-    """`llmprune prune MODEL -o OUT ...`; OUT stands for the folder, which need not be the same again."""
-    words = ["llmprune", "prune", model, "-o", "OUT"]
+def shell_command(config: PruneConfig, model: str, output: str = "OUT") -> str:
+    """`llmprune prune MODEL -o OUT ...`; OUT stands for a folder that need not be the same again."""
+    words = ["llmprune", "prune", model, "-o", output]
     for name, value in {"method": config.method, **_chosen(config)}.items():
         option = "--" + OPTIONS.get(name, name).replace("_", "-")
         if value is True:

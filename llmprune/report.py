@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from llmprune_eval.result import finite
 from llmprune_eval.surroundings import versions
 
 SCHEMA = 1
@@ -161,16 +162,11 @@ class Report:
             "sparsity": self.sparsity,
             "decoder_share": self.decoder_share,
             "model_share": self.model_share,
-            "perplexity_before": _finite(self.perplexity_before),
-            "perplexity_after": _finite(self.perplexity_after),
+            "perplexity_before": finite(self.perplexity_before),
+            "perplexity_after": finite(self.perplexity_after),
             "warnings": self.warnings,
         }
 
 
 def _exp(loss: float | None) -> float | None:
     return None if loss is None else math.exp(loss) if loss < 700 else math.inf
-
-
-def _finite(value: float | None) -> float | None:
-    """JSON has no infinity."""
-    return value if value is not None and math.isfinite(value) else None

@@ -65,7 +65,7 @@ def _pruned(report: Report) -> list[str]:
     share = f"{report.decoder_share:.2%} of the decoder, {report.model_share:.2%} of the model"
     if report.widths is None:
         return [f"pruned      {report.pruned:,} weights: {report.sparsity:.2%} of the sites, {share}"]
-    return [f"cut out     {report.pruned:,} parameters: {share}", *_widths(report.widths)]
+    return [f"cut out     {report.pruned:,} parameters: {share}", *widths_lines(report.widths)]
 
 
 def _gain(report: Report) -> str:
@@ -116,14 +116,14 @@ def _removal(plan: Plan) -> list[str]:
     decoder = f"of the decoder's {plan.decoder_parameters:,} parameters"
     if plan.structure is None:
         return [f"prunes      {plan.removed:.2%} {decoder} ({plan.share:.2%} of them lie at sites)"]
-    return [f"cuts out    {plan.removed:.2%} {decoder}", *_widths(plan.structure.describe())]
+    return [f"cuts out    {plan.removed:.2%} {decoder}", *widths_lines(plan.structure.describe())]
 
 
-def _widths(widths: dict[str, Any]) -> list[str]:
-    """What every block keeps of its units."""
+def widths_lines(widths: dict[str, Any], pattern: str = "") -> list[str]:
+    """What every block keeps of its units; `pattern` says of which pattern, where there are several."""
     kept = [f"{k['after']} of {k['before']} {k['units']} ({k['projection']})" for k in widths["kinds"]]
-    lines = [f"widths      every block keeps {', '.join(kept)}"]
-    return [*lines, *(f"left alone  {site}: {reason}" for site, reason in widths["fixed"].items())]
+    lines = [f"widths      {pattern}every block keeps {', '.join(kept)}"]
+    return [*lines, *(f"left alone  {pattern}{site}: {reason}" for site, reason in widths["fixed"].items())]
 
 
 def inspection_text(folder: str, facts: dict[str, Any], manifest: dict[str, Any] | None) -> str:
@@ -147,7 +147,7 @@ def inspection_text(folder: str, facts: dict[str, Any], manifest: dict[str, Any]
         f"{number(manifest.get('perplexity_after'))} after (held-out calibration text)",
         f"versions    {', '.join(f'{k} {v}' for k, v in manifest.get('versions', {}).items())}",
     ]
-    return "\n".join([*lines, *(_widths(manifest["widths"]) if manifest.get("widths") else ())])
+    return "\n".join([*lines, *(widths_lines(manifest["widths"]) if manifest.get("widths") else ())])
 
 
 def speed_text(result: Result, count: int) -> str:

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from llmprune_eval.errors import InputError
+from llmprune_eval.windows import vocabulary_size
 
 ROWS = 2048
 """Tokens whose distributions are compared at a time: bounds the float32 copies of the logits."""
@@ -71,10 +72,11 @@ def evaluate(
     """
     if not len(windows):
         raise InputError("there is no window to evaluate: give more text or a smaller --max-seq-length")
-    if against is not None and _vocabulary(against) != _vocabulary(model):
+    sizes = [vocabulary_size(one) for one in (model, against) if one is not None]
+    if len(set(sizes)) > 1:
         raise InputError(
-            f"the two models have vocabularies of {_vocabulary(model)} and {_vocabulary(against)}: --against must be "
-            "the model that the other was pruned from"
+            f"the two models have vocabularies of {sizes[0]} and {sizes[1]}: --against must be the model that the "
+            "other was pruned from"
         )
     totals = [0.0] * 4  # the model's loss, the dense model's, KL, tokens that both rank first
     with evaluating(model), evaluating(against) if against is not None else nullcontext():
@@ -118,13 +120,6 @@ def _summed(totals: list[float]) -> list[float]:
 def _exp(mean: float) -> float:
     """exp without OverflowError: a ruined model has a perplexity, if a useless one."""
     return math.exp(mean) if mean < 700 else math.inf
-
-
-def _vocabulary(model: PreTrainedModel) -> int:
-    """Rows of the input embedding."""
-    weight = model.get_input_embeddings().weight
-    assert isinstance(weight, Tensor)
-    return len(weight)
 
 
 def _logits(model: PreTrainedModel, batch: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ class Perplexity:
         """The text, or None where windows come ready."""
         return None if self.name.endswith(".npy") else open_text(self.name, "test")
 
-    @property
+    @cached_property
     def asked(self) -> dict[str, Any]:
         """The protocol as far as it is known before a token is read."""
         source, length = self._source, self.wanted.max_seq_length

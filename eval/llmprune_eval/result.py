@@ -197,9 +197,9 @@ def _alone(path: Path) -> Iterator[None]:
         yield
 
 
-def finite(value: float) -> float | None:
+def finite(value: float | None) -> float | None:
     """JSON has no infinity."""
-    return value if math.isfinite(value) else None
+    return value if value is not None and math.isfinite(value) else None
 
 
 def own_file(name: str) -> Path | None:

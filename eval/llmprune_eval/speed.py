@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from llmprune_eval.errors import InputError
 from llmprune_eval.result import Part
+from llmprune_eval.windows import vocabulary_size
 
 Clock = Callable[[], float]
 Peaks = dict[str, int]
@@ -54,10 +55,8 @@ class Load:
 
     def tokens(self, model: PreTrainedModel) -> Tensor:
         """Random token ids [batch_size, prompt] on the model's device, the same for all models of a vocabulary."""
-        embedding = model.get_input_embeddings().weight
-        assert isinstance(embedding, Tensor)
-        generator = torch.Generator().manual_seed(0)
-        return torch.randint(len(embedding), (self.batch_size, self.prompt), generator=generator).to(model.device)
+        shape, generator = (self.batch_size, self.prompt), torch.Generator().manual_seed(0)
+        return torch.randint(vocabulary_size(model), shape, generator=generator).to(model.device)
 
 
 @torch.no_grad()

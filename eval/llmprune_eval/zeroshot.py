@@ -135,7 +135,7 @@ def _check(rows: Mapping[str, tuple[dict[str, float | None], dict[str, float]]],
         for metric, value in values.items():
             if value is not None and math.isnan(value):
                 raise InputError(f"task {name}: {metric} is NaN; {advice}")
-            values[metric] = None if value is None else finite(value)
+            values[metric] = finite(value)
     for name, samples in results["samples"].items():
         if any(math.isnan(number) for sample in samples for number in _numbers(sample["resps"])):
             raise InputError(f"task {name}: the model's likelihoods are NaN; {advice}")

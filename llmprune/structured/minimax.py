@@ -38,17 +38,6 @@ Project = Callable[[Mapping[str, float]], dict[str, int]]
 
 
 @dataclass
-class Curve:
-    """What a step has shown: for the report."""
-
-    step: int
-    loss: float
-    kept_share: float
-    overlap: float | None
-    widths: dict[str, int]
-
-
-@dataclass
 class Minimax:
     """The state of the game; everything in it is needed to go on after an interruption.
 
