@@ -11,10 +11,10 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def literal_violation(weight: Tensor, n: int, m: int) -> tuple[int, int] | None:
-    """Row by row, group by group; a weight is whatever does not print as 0.0."""
+    """Row by row, group by group; a weight is whatever does not print as a zero."""
     for i, row in enumerate(weight.tolist()):
         for a in range(0, len(row), m):
-            if sum(str(value) != "0.0" for value in row[a : a + m]) > n:
+            if sum(str(value) not in ("0.0", "-0.0") for value in row[a : a + m]) > n:
                 return i, a
     return None
 
@@ -35,10 +35,12 @@ def test_violations_equal_a_loop(n: int, m: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_minus_zero_is_a_weight(dtype: torch.dtype) -> None:
+def test_minus_zero_is_a_zero(dtype: torch.dtype) -> None:
     weight = torch.tensor([[1.0, 2, 0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 3, 4, 0, 0]], dtype=dtype)
     assert violation(weight, 2, 4) is None
     weight[1, 7] = -0.0
+    assert violation(weight, 2, 4) is None and obeys(weight, 2, 4)
+    weight[1, 7] = torch.finfo(dtype).smallest_normal
     assert violation(weight, 2, 4) == literal_violation(weight, 2, 4) == (1, 4)
     assert not obeys(weight, 2, 4)
 

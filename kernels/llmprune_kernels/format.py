@@ -1,12 +1,16 @@
 """Does a weight matrix fit an n:m format, and if not, where is it broken?
 
-The check is on bits where it matters: -0.0 counts as a weight, because packed formats would store it.
+-0.0 is a zero here and in every packed form: one that counted it in one place and not in another would be read
+with the wrong weights.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
+
+
+class FormatError(ValueError):
+    """A matrix that does not fit the format, or packed tensors that are damaged."""
 
 
 def violation(weight: Tensor, n: int, m: int) -> tuple[int, int] | None:
@@ -25,8 +29,7 @@ def violation(weight: Tensor, n: int, m: int) -> tuple[int, int] | None:
     """
     if weight.shape[1] % m:
         raise ValueError(f"{weight.shape[1]} inputs cannot be cut into groups of {m}")
-    present = (weight != 0) | torch.signbit(weight)
-    too_many = present.unflatten(1, (weight.shape[1] // m, m)).sum(-1) > n
+    too_many = (weight != 0).unflatten(1, (weight.shape[1] // m, m)).sum(-1) > n
     if not bool(too_many.any()):
         return None
     row, group = (int(i) for i in too_many.nonzero()[0])

@@ -1,0 +1,14 @@
+"""All layouts by name.
+
+A model holds its weights in one of them and can always go back to the canonical form, so that what runs on a GPU
+still saves the checkpoint it was loaded from.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llmprune_kernels.layout import Layout
+from llmprune_kernels.reference import BITMAP, VALUES
+
+LAYOUTS: dict[str, Layout[Any]] = {"values": VALUES, "bitmap": BITMAP}

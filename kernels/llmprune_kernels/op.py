@@ -1,0 +1,32 @@
+"""`nm_linear`: x times a packed weight, as one custom operator that torch.compile and CUDA graphs take as it is."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llmprune_kernels.layouts import LAYOUTS
+
+
+@torch.library.custom_op("llmprune::nm_linear", mutates_args=())
+def nm_linear(x: Tensor, weight: list[Tensor], bias: Tensor | None, out_features: int, layout: str) -> Tensor:
+    """y = x W^T + bias with a packed W [out, in].
+
+    Args:
+        x: [..., in], in the weight's dtype and on its device.
+        weight: the tensors of `layout`, made by LAYOUTS[layout].prepare.
+        bias: [out] or None.
+        out_features: out.
+        layout: a name in llmprune_kernels.layouts.LAYOUTS.
+
+    Returns:
+        [..., out], in x's dtype; sums are float32 or wider.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    y = LAYOUTS[layout].multiply(rows, weight, bias, out_features)
+    return y.view(*x.shape[:-1], out_features)
+
+
+@nm_linear.register_fake
+def _(x: Tensor, weight: list[Tensor], bias: Tensor | None, out_features: int, layout: str) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)
