@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from llmprune_kernels.decode import DECODE
 from llmprune_kernels.layout import Layout
 from llmprune_kernels.reference import BITMAP, VALUES
 
-LAYOUTS: dict[str, Layout[Any]] = {"values": VALUES, "bitmap": BITMAP}
+LAYOUTS: dict[str, Layout[Any]] = {"values": VALUES, "decode": DECODE, "bitmap": BITMAP}

@@ -5,12 +5,17 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from llmprune_kernels.linear import PackedLinear
+from llmprune_kernels.linear import PackedLinear, SparseLinear24
+from llmprune_kernels.selftest import mma_sp_works
 
 
 def default_layout(layer: PackedLinear) -> str:
     """The layout that the layer's device runs best."""
-    return layer.CANONICAL
+    if layer.values.device.type != "cuda":
+        return layer.CANONICAL
+    if not isinstance(layer, SparseLinear24):
+        return "bitmap-rows"
+    return "decode" if mma_sp_works(layer.values.device, layer.values.dtype) else "portable"
 
 
 @torch.no_grad()

@@ -1,0 +1,160 @@
+"""Layout "decode": few tokens times a 2:4 weight on the sparse tensor core; the weight is read packed and stays packed.
+
+Up to ROWS tokens one kernel does it all (triton_kernels.mma_sp). Beyond, each call expands the weight into a dense
+scratch of its own and multiplies that: correct and lean, never faster than dense; layout "both" is for those who
+also want long prompts fast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llmprune_kernels.fragments import BLOCK_COLUMNS, TILE_ROWS, TILES, from_fragments, to_fragments
+from llmprune_kernels.layout import Layout
+from llmprune_kernels.pack24 import Packed24
+
+ROWS = 64  # tokens up to which the weight stays packed
+TOKEN_TILE = 8
+PTX_NAMES = {torch.bfloat16: "bf16", torch.float16: "f16"}
+ALIGNED = 8  # inputs in 16 bytes
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How the work is cut.
+
+    Attributes:
+        warps: of one program; they share its columns.
+        row_tiles: tiles of 16 rows of the weight that one program takes; they share the loads of x.
+        wide: lanes load 16 bytes of x and exchange words, instead of four words that lie apart.
+        ahead: the weights of the next block are loaded before this one is multiplied.
+    """
+
+    warps: int
+    row_tiles: int
+    wide: bool
+    ahead: bool
+
+    def __str__(self) -> str:
+        words = "wide" if self.wide else "narrow"
+        return f"{self.warps}w {self.row_tiles}r {words}{' ahead' if self.ahead else ''}"
+
+
+VARIANTS = tuple(
+    Variant(warps, row_tiles, wide, ahead)
+    for warps in (4, 8, 16)
+    for row_tiles in (1, 2)
+    for wide in (False, True)
+    for ahead in (False, True)
+)
+
+
+def default_variant(tokens: int) -> Variant:
+    """The cut for so many tokens, from counting instructions: see kernels/README.md."""
+    if tokens == 1:
+        return Variant(8, 1, wide=False, ahead=False)
+    return Variant(8, 1 if tokens <= 4 * TOKEN_TILE else 2, wide=True, ahead=tokens <= 4 * TOKEN_TILE)
+
+
+def token_tiles(tokens: int) -> int:
+    """Tiles of eight tokens that one program takes: 1, 2 or 4."""
+    return 1 if tokens <= TOKEN_TILE else 2 if tokens <= 2 * TOKEN_TILE else 4
+
+
+def multiply(x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, out_features: int) -> Tensor:
+    """x [tokens, in] times W^T plus bias, in x's dtype."""
+    if x.shape[0] > ROWS:
+        return F.linear(x, expand(tensors)[:out_features, : x.shape[1]], bias)
+    return multiply_variant(x, tensors, bias, out_features, default_variant(x.shape[0]))
+
+
+def multiply_variant(
+    x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, out_features: int, variant: Variant
+) -> Tensor:
+    """As `multiply`, cut as told; any number of tokens, but meant for up to ROWS.
+
+    Returns:
+        [tokens, out_features] in x's dtype.
+    """
+    out = x.new_empty(x.shape[0], out_features)
+    launch(x, tensors, bias, out, variant)
+    return out
+
+
+def launch(x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, out: Tensor, variant: Variant) -> None:
+    """Write x W^T + bias to `out` [tokens, out_features], which may be of another floating-point dtype than x."""
+    from llmprune_kernels.triton_kernels.mma_sp import decode_kernel
+
+    fragments, metadata = tensors
+    x = _aligned(x)
+    words = x.view(torch.int32)
+    tokens, row_tiles, blocks = x.shape[0], fragments.shape[0], fragments.shape[1]
+    if tokens == 0 or row_tiles == 0:
+        return
+    grid = (-(-tokens // (token_tiles(tokens) * TOKEN_TILE)), -(-row_tiles // variant.row_tiles))
+    decode_kernel[grid](
+        fragments.view(torch.int32),
+        metadata,
+        words,
+        out if bias is None else bias,
+        out,
+        tokens,
+        out.shape[1],
+        row_tiles,
+        blocks,
+        words.shape[1],
+        words.stride(0),
+        out.stride(0),
+        **constants(variant, tokens, x.dtype, x.shape[1] == blocks * BLOCK_COLUMNS, bias is not None),
+        num_warps=variant.warps,
+        num_stages=1,
+    )
+
+
+def constants(variant: Variant, tokens: int, dtype: torch.dtype, whole: bool, bias: bool) -> dict[str, Any]:
+    """What the kernel is compiled for; `whole`: x fills the last block of 256 inputs."""
+    from llmprune_kernels.triton_kernels.mma_sp import assembly
+
+    return {
+        "WARPS": variant.warps,
+        "ROW_TILES": variant.row_tiles,
+        "TOKEN_TILES": token_tiles(tokens),
+        "WIDE": variant.wide,
+        "AHEAD": variant.ahead,
+        "WHOLE": whole,
+        "BIAS": bias,
+        "ASSEMBLY": assembly(PTX_NAMES[dtype]),
+    }
+
+
+def expand(tensors: Sequence[Tensor]) -> Tensor:
+    """The dense weight with its padding, [16 * row tiles, 256 * blocks]."""
+    from llmprune_kernels.triton_kernels.mma_sp import expand_kernel
+
+    fragments, metadata = tensors
+    row_tiles, blocks = fragments.shape[:2]
+    out = fragments.new_empty(row_tiles * TILE_ROWS, blocks * BLOCK_COLUMNS)
+    if out.numel():
+        expand_kernel[(row_tiles, blocks)](
+            fragments.view(torch.int32), metadata, out.view(torch.int64), blocks, num_warps=TILES // 2
+        )
+    return out
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x with consecutive inputs, every row on 16 bytes, and a whole number of 16-byte pieces."""
+    short = -x.shape[1] % ALIGNED
+    if short:
+        return F.pad(x, (0, short))
+    if x.stride(1) == 1 and x.stride(0) % ALIGNED == 0 and x.data_ptr() % 16 == 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+DECODE = Layout(Packed24, to_fragments, from_fragments, multiply, "0.5625, rows up to 16 and inputs up to 256")

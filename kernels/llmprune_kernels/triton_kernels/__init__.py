@@ -1,0 +1,1 @@
+"""All @triton.jit functions. Nothing here is imported before a kernel is launched."""

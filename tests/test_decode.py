@@ -1,0 +1,117 @@
+"""The decode kernel: in Triton's interpreter with its assembly emulated, and compiled for GPUs that are not here."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import machine_code
+import pytest
+import torch
+from llmprune_kernels import decode, selftest
+from llmprune_kernels.decode import VARIANTS, Variant, default_variant
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+Case = tuple[int, int, int, str, tuple[int, int, bool, bool], bool, bool]
+
+# rows, inputs, tokens, dtype, (warps, row tiles, wide, ahead), bias, small integers
+CASES: list[Case] = [
+    (16, 256, 1, "bfloat16", (1, 1, False, False), False, True),
+    (16, 256, 8, "float16", (1, 1, True, False), True, True),
+    (37, 331, 5, "bfloat16", (2, 1, False, True), True, True),
+    (37, 331, 5, "float16", (2, 2, True, True), False, True),
+    (70, 516, 16, "bfloat16", (4, 2, True, False), True, True),
+    (48, 1030, 13, "float16", (8, 1, False, False), False, True),
+    (33, 1030, 33, "bfloat16", (2, 2, True, False), True, True),
+    (17, 257, 64, "float16", (1, 2, True, True), True, True),
+    (48, 1024, 3, "bfloat16", (4, 1, True, True), True, False),
+    (20, 768, 2, "float16", (2, 1, False, False), False, False),
+]
+
+
+@pytest.fixture(scope="module")
+def errors() -> dict[str, float]:
+    """The largest error of each case, from a process in which Triton interprets."""
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("interpreted_decode.py"))],
+        input=json.dumps(CASES),
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    return {json.dumps(line["case"]): line["error"] for line in lines}
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_kernel_computes_the_product(case: Case, errors: dict[str, float]) -> None:
+    error = errors[json.dumps(case)]
+    assert error <= (0.0 if case[-1] else 1e-4)  # float32 sums of at most a thousand products of about 1
+
+
+def test_the_self_test_knows_right_from_wrong(errors: dict[str, float]) -> None:
+    """The same process ran it on the kernel as it is, and on one that gets the positions of every other tile wrong."""
+    assert errors["[]"] == 0.0
+    assert errors["[0]"] == len(selftest.TOKENS)
+
+
+def build(variant: Variant, tokens: int, dtype: str = "bf16", whole: bool = True, arch: int = 90) -> Any:
+    from llmprune_kernels.triton_kernels.mma_sp import decode_kernel
+
+    number = {"bf16": "*bf16", "fp16": "*fp16"}[dtype]
+    signature = {"fragments": "*i32", "metadata": "*i32", "x": "*i32", "bias": number, "out": number}
+    signature |= dict.fromkeys(
+        ["tokens", "out_features", "row_tiles", "blocks", "words", "x_stride", "out_stride"], "i32"
+    )
+    constants = decode.constants(variant, tokens, {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype], whole, True)
+    aligned = ["fragments", "metadata", "x", "bias", "out", "out_features", "words", "x_stride", "out_stride"]
+    return machine_code.build(decode_kernel, signature, constants, aligned, variant.warps, arch, num_stages=1)
+
+
+BUILDS = [(tokens, arch) for tokens in (1, 8, 16, 32, 64) for arch in (80, 90, 100)]
+
+
+@pytest.mark.parametrize(("tokens", "arch"), BUILDS)
+def test_machine_code_of_what_layers_run(tokens: int, arch: int) -> None:
+    variant = default_variant(tokens)
+    code = build(variant, tokens, arch=arch)
+    check(code, variant, tokens)
+
+
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v.warps == 4], ids=str)
+def test_machine_code_of_the_variants(variant: Variant) -> None:
+    check(build(variant, 16, dtype="fp16", whole=False), variant, 16)
+
+
+def check(code: Any, variant: Variant, tokens: int) -> None:
+    """Sparse products, wide loads, nothing in memory that belongs in registers, a thread to every row."""
+    tiles = variant.row_tiles * decode.token_tiles(tokens)
+    products = [name for name in code.opcodes if name.startswith("HMMA.SP.16832.F32")]
+    assert sum(code.opcodes[name] for name in products) == 8 * tiles
+    assert not machine_code.count(code.opcodes, "HMMA", "HGMMA") - 8 * tiles
+    weights = sum(n for name, n in code.opcodes.items() if re.match(r"LDG\.E\.EF.*\.128", name))
+    assert weights == 8 * variant.row_tiles * (2 if variant.ahead else 1)
+    positions_and_x = sum(n for name, n in code.opcodes.items() if re.match(r"LDG\.E(?!\.EF).*\.128", name))
+    x_loads = 8 * decode.token_tiles(tokens) if variant.wide else 0
+    assert positions_and_x == x_loads + variant.row_tiles * (2 if variant.ahead else 1)
+    assert code.spills == 0 and code.registers <= 255
+    (loop,) = [body for body in code.loops if machine_code.count(body, "HMMA")]
+    assert not machine_code.count(loop, "BAR", "STS", "LDS"), "no barrier and no shared memory inside the loop"
+    layouts = dict(re.findall(r"#(\w+) = #ttg.blocked<(.*?)>", code.ttgir))
+    used = set(re.findall(r"elementwise_inline_asm.*->\s*tensor<[^,>]*, #(\w+)>", code.ttgir))
+    assert used
+    for name in used:
+        assert "threadsPerWarp = [32, 1]" in layouts[name]
+        assert f"warpsPerCTA = [{variant.warps}, 1]" in layouts[name]
+
+
+def test_a_device_without_the_instruction_is_not_asked() -> None:
+    assert not selftest.mma_sp_works(torch.device("cpu"), torch.bfloat16)
+    assert not selftest.mma_sp_works(torch.device("cuda"), torch.float32)
