@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmprune_kernels.format import FormatError
+from llmprune_kernels.format import DTYPES, FormatError, check_matrix
 
 BITS = 8
 
@@ -42,7 +42,13 @@ class PackedBitmap:
 
 
 def pack_bitmap(weight: Tensor) -> PackedBitmap:
-    """Pack a matrix [out, in], floating point."""
+    """Pack a matrix [out, in], floating point.
+
+    Raises:
+        FormatError: `weight` is no such matrix.
+    """
+    check_matrix(weight)
+    weight = weight.detach()  # a packed form has no gradients and must not keep a graph alive
     present = weight != 0
     padded = torch.nn.functional.pad(present, (0, -weight.shape[1] % BITS)).unflatten(1, (-1, BITS))
     weights = (1 << torch.arange(BITS, device=weight.device)).to(torch.uint8)
@@ -68,16 +74,21 @@ def check_bitmap(packed: PackedBitmap) -> None:
     Raises:
         FormatError: it is not so.
     """
-    rows, columns = packed.shape
-    if packed.bitmap.dtype != torch.uint8 or packed.bitmap.shape[1] != -(-columns // BITS):
+    bitmap, columns = packed.bitmap, packed.columns
+    if bitmap.dtype != torch.uint8 or bitmap.dim() != 2 or bitmap.shape[1] != -(-columns // BITS):
         raise FormatError(
-            f"bitmap {packed.bitmap.dtype} {tuple(packed.bitmap.shape)} does not fit {rows} x {columns} weights"
+            f"bitmap {bitmap.dtype} {tuple(bitmap.shape)} does not fit a weight of {columns} columns: "
+            f"torch.uint8 (rows, {-(-columns // BITS)}) does"
         )
-    marks = marked(packed.bitmap)
-    if int(marks.sum()) != packed.values.numel() or bool(marks[:, columns:].any()):
+    if packed.values.dim() != 1 or packed.values.dtype not in DTYPES:
         raise FormatError(
-            f"bitmap marks {int(marks.sum())} weights of {rows} x {columns}, but {packed.values.numel()} are stored"
+            f"values {packed.values.dtype} {tuple(packed.values.shape)} are no list of the stored weights, row by row"
         )
+    marks = marked(bitmap)
+    if bool(marks[:, columns:].any()):
+        raise FormatError(f"bitmap marks weights beyond the last of its {columns} columns")
+    if int(marks.sum()) != packed.values.numel():
+        raise FormatError(f"bitmap marks {int(marks.sum())} weights, but {packed.values.numel()} are stored")
 
 
 def marked(bitmap: Tensor) -> Tensor:

@@ -6,11 +6,25 @@ with the wrong weights.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class FormatError(ValueError):
     """A matrix that does not fit the format, or packed tensors that are damaged."""
+
+
+def check_matrix(weight: Tensor) -> None:
+    """`weight` is a matrix [out, in] that can be packed.
+
+    Raises:
+        FormatError: it is not.
+    """
+    if weight.dim() != 2 or weight.dtype not in DTYPES:
+        given = f"{list(weight.shape)} of {weight.dtype}"
+        raise FormatError(f"a weight {given} cannot be packed: give [out, in] of 16, 32 or 64 bit floats")
 
 
 def violation(weight: Tensor, n: int, m: int) -> tuple[int, int] | None:

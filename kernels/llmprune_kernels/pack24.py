@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmprune_kernels.format import FormatError, violation
+from llmprune_kernels.format import DTYPES, FormatError, check_matrix, violation
 
 GROUP, KEPT = 4, 2
 ROWS_AT_ONCE = 1 << 22  # elements; bounds the memory of temporary indices
@@ -69,8 +69,10 @@ def pack24(weight: Tensor) -> Packed24:
         weight: [out, in], floating point; the last group may be short.
 
     Raises:
-        FormatError: a group holds more; the first row and column are named.
+        FormatError: a group holds more (the first row and column are named), or `weight` is no such matrix.
     """
+    check_matrix(weight)
+    weight = weight.detach()  # a packed form has no gradients and must not keep a graph alive
     broken = violation(_padded(weight, GROUP), KEPT, GROUP)
     if broken is not None:
         row, column = broken
@@ -83,8 +85,10 @@ def pack24(weight: Tensor) -> Packed24:
     positions = torch.empty(positions_shape, dtype=torch.uint8, device=weight.device)
     for rows in _row_slices(weight):
         groups = _padded(weight[rows], GROUP).unflatten(1, (-1, GROUP))
-        codes = _codes(groups)
-        values[rows] = groups.gather(2, _slots(codes)).flatten(1)
+        present = _present(groups)
+        codes = _codes(present)
+        kept = _bits(groups.masked_fill(~present, 0)).gather(2, _slots(codes))
+        values[rows] = kept.flatten(1).view(weight.dtype)
         pairs = _padded(codes, 2, CODES[0]).unflatten(1, (-1, 2))
         positions[rows] = pairs[..., 0] | pairs[..., 1] << 4
     return Packed24(values, positions, weight.shape[1])
@@ -97,11 +101,12 @@ def unpack24(packed: Packed24) -> Tensor:
         FormatError: the tensors do not fit each other, or a position is none.
     """
     check24(packed)
-    out = packed.values.new_zeros(packed.shape[0], packed.values.shape[1] // KEPT, GROUP)
+    values = _bits(packed.values).unflatten(1, (packed.values.shape[1] // KEPT, KEPT))
+    out = values.new_zeros(*values.shape[:2], GROUP)
     for rows in _row_slices(out.flatten(1)):
         slots = _slots(codes24(packed.positions[rows], out.shape[1]))
-        out[rows] = out[rows].scatter(2, slots, packed.values[rows].unflatten(1, (-1, KEPT)))
-    return out.flatten(1)[:, : packed.columns].contiguous()
+        out[rows].scatter_(2, slots, values[rows])
+    return out.flatten(1)[:, : packed.columns].contiguous().view(packed.values.dtype)
 
 
 def codes24(positions: Tensor, groups: int) -> Tensor:
@@ -119,8 +124,11 @@ def check24(packed: Packed24) -> None:
     wanted = packed_shapes(*packed.shape)
     if shapes != wanted:
         raise FormatError(f"values {shapes[0]} and positions {shapes[1]} do not fit: {wanted[0]} and {wanted[1]} do")
-    if packed.positions.dtype != torch.uint8:
-        raise FormatError(f"positions are {packed.positions.dtype}: they must be torch.uint8")
+    if packed.values.dtype not in DTYPES or packed.positions.dtype != torch.uint8:
+        raise FormatError(
+            f"values are {packed.values.dtype} and positions {packed.positions.dtype}: "
+            "they must be 16, 32 or 64 bit floats and torch.uint8"
+        )
     known = torch.zeros(256, dtype=torch.bool)
     known[[low | high << 4 for low in VALID for high in VALID]] = True
     good = known.to(packed.positions.device)[packed.positions.int()]
@@ -129,13 +137,22 @@ def check24(packed: Packed24) -> None:
         raise FormatError(f"position byte {int(packed.positions[row, byte]):#04x} at row {row}, byte {byte} is damaged")
 
 
-def _codes(groups: Tensor) -> Tensor:
-    """One code per group of [rows, groups, 4]."""
+def _present(groups: Tensor) -> Tensor:
+    """What takes a slot in groups [rows, groups, 4]: all weights, and the negative zeros where all have room."""
     weight = groups != 0
     signed = weight | torch.signbit(groups)
-    present = torch.where((signed.sum(2) <= KEPT).unsqueeze(2), signed, weight)
-    bits = (present << torch.arange(GROUP, device=groups.device)).sum(2)
-    return torch.tensor(CODES, dtype=torch.uint8, device=groups.device)[bits]
+    return torch.where((signed.sum(2) <= KEPT).unsqueeze(2), signed, weight)
+
+
+def _codes(present: Tensor) -> Tensor:
+    """One code per group of bool [rows, groups, 4]."""
+    bits = (present << torch.arange(GROUP, device=present.device)).sum(2)
+    return torch.tensor(CODES, dtype=torch.uint8, device=present.device)[bits]
+
+
+def _bits(values: Tensor) -> Tensor:
+    """The same memory as integers: torch's gather of bfloat16 on a CPU gives NaN other bits."""
+    return values.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()])
 
 
 def _slots(codes: Tensor) -> Tensor:
