@@ -94,8 +94,24 @@ class PackedLinear(nn.Module, ABC):
         """Bytes that the weight takes in its layout."""
         return sum(tensor.nbytes for tensor in self._tensors())
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weight's dtype, which x must have; a layout may keep the weights' bits as integers."""
+        return self._laid_out_dtype if self.layout != self.CANONICAL else getattr(self, self.NAMES[0]).dtype
+
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] -> [..., out]."""
+        """x [..., in] -> [..., out], both in the weight's dtype; autocast casts x to it.
+
+        Raises:
+            ValueError: x has another width or dtype.
+        """
+        if x.is_floating_point() and _autocast_is_on(x.device.type):
+            x = x.to(self.dtype)
+        if x.shape[-1:] != (self.in_features,) or x.dtype != self.dtype:
+            raise ValueError(
+                f"x is {list(x.shape)} of {x.dtype}: a packed layer {self.in_features} -> {self.out_features} "
+                f"takes [..., {self.in_features}] of {self.dtype}"
+            )
         y: Tensor = nm_linear(x, self._tensors(), self.bias, self.out_features, self.layout)
         return y
 
@@ -115,6 +131,7 @@ class PackedLinear(nn.Module, ABC):
         if layout == self.CANONICAL:
             self._set_canonical(tuple(getattr(packed, name) for name in self.NAMES))
             return
+        self._laid_out_dtype: torch.dtype = packed.values.dtype
         for i, tensor in enumerate(LAYOUTS[layout].prepare(packed)):
             self.register_buffer(f"laid_out_{i}", tensor, persistent=False)
 
@@ -231,6 +248,10 @@ class SparseLinearBitmap(PackedLinear):
     def check(self) -> None:
         """As many values as marks, all inside the matrix."""
         check_bitmap(self.packed)
+
+
+def _autocast_is_on(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _empty_bias(out_features: int, bias: bool, dtype: torch.dtype, device: torch.device) -> Tensor | None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any, NoReturn
+
 import torch
 from torch import Tensor
 
@@ -20,9 +23,12 @@ def nm_linear(x: Tensor, weight: list[Tensor], bias: Tensor | None, out_features
         layout: a name in llmprune_kernels.layouts.LAYOUTS.
 
     Returns:
-        [..., out], in x's dtype; sums are float32 or wider.
+        [..., out], in x's dtype, under autocast too; sums are float32 or wider.
+
+    Raises:
+        RuntimeError: in a backward pass.
     """
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     y = LAYOUTS[layout].multiply(rows, weight, bias, out_features)
     return y.view(*x.shape[:-1], out_features)
 
@@ -30,3 +36,12 @@ def nm_linear(x: Tensor, weight: list[Tensor], bias: Tensor | None, out_features
 @nm_linear.register_fake
 def _(x: Tensor, weight: list[Tensor], bias: Tensor | None, out_features: int, layout: str) -> Tensor:
     return x.new_empty(*x.shape[:-1], out_features)
+
+
+def _no_gradients(ctx: Any, gradient: Tensor) -> NoReturn:
+    raise RuntimeError(
+        "a packed layer has no gradients: train with its dense weight (layer.to_dense()), or run it in torch.no_grad()"
+    )
+
+
+nm_linear.register_autograd(_no_gradients)

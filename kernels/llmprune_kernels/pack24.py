@@ -106,7 +106,8 @@ def unpack24(packed: Packed24) -> Tensor:
     for rows in _row_slices(out.flatten(1)):
         slots = _slots(codes24(packed.positions[rows], out.shape[1]))
         out[rows].scatter_(2, slots, values[rows])
-    return out.flatten(1)[:, : packed.columns].contiguous().view(packed.values.dtype)
+    matrix: Tensor = out.flatten(1)[:, : packed.columns].contiguous().view(packed.values.dtype)
+    return matrix
 
 
 def codes24(positions: Tensor, groups: int) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -14,12 +15,18 @@ from llmprune_kernels.pack24 import Packed24, unpack24
 
 def linear24(x: Tensor, packed: Packed24, bias: Tensor | None = None) -> Tensor:
     """x [..., in] times the unpacked [out, in], transposed, plus bias [out]."""
-    return F.linear(x, unpack24(packed), bias)
+    return _linear(x, unpack24(packed), bias)
 
 
 def linear_bitmap(x: Tensor, packed: PackedBitmap, bias: Tensor | None = None) -> Tensor:
     """x [..., in] times the unpacked [out, in], transposed, plus bias [out]."""
-    return F.linear(x, unpack_bitmap(packed), bias)
+    return _linear(x, unpack_bitmap(packed), bias)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Autocast would give another dtype than the operator promises to torch.compile."""
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x, weight, bias)
 
 
 def _tensors24(packed: Packed24) -> list[Tensor]:
