@@ -1,0 +1,16 @@
+"""Which layout a device runs best."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from llmprune_kernels.selftest import mma_sp_works
+
+
+def default_layout(canonical: str, values: Tensor) -> str:
+    """The layout for a weight whose canonical form is `canonical` and whose values are `values`."""
+    if values.device.type != "cuda":
+        return canonical
+    if canonical == "bitmap":
+        return "bitmap-rows"
+    return "decode" if mma_sp_works(values.device, values.dtype) else "portable"
