@@ -8,8 +8,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from llmprune_kernels.both import both
 from llmprune_kernels.decode import DECODE
 from llmprune_kernels.layout import Layout
+from llmprune_kernels.prefill import PREFILL
 from llmprune_kernels.reference import BITMAP, VALUES
 
-LAYOUTS: dict[str, Layout[Any]] = {"values": VALUES, "decode": DECODE, "bitmap": BITMAP}
+LAYOUTS: dict[str, Layout[Any]] = {
+    "values": VALUES,
+    "decode": DECODE,
+    "prefill": PREFILL,
+    "both": both(DECODE, PREFILL),
+    "bitmap": BITMAP,
+}
