@@ -11,12 +11,14 @@ from typing import Any
 from llmprune_kernels.both import both
 from llmprune_kernels.decode import DECODE
 from llmprune_kernels.layout import Layout
+from llmprune_kernels.portable import PORTABLE
 from llmprune_kernels.prefill import PREFILL
 from llmprune_kernels.reference import BITMAP, VALUES
 
 LAYOUTS: dict[str, Layout[Any]] = {
     "values": VALUES,
     "decode": DECODE,
+    "portable": PORTABLE,
     "prefill": PREFILL,
     "both": both(DECODE, PREFILL),
     "bitmap": BITMAP,

@@ -1,0 +1,36 @@
+"""What every Triton kernel's host side asks before it launches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def interpreted(kernel: Any) -> bool:
+    """True if Triton's interpreter holds the kernel: TRITON_INTERPRET was 1 when Triton was first imported."""
+    import triton
+
+    return not isinstance(kernel, triton.JITFunction)
+
+
+def triton_dtype(dtype: torch.dtype) -> Any:
+    """Triton's name of a floating-point dtype."""
+    import triton.language as tl
+
+    return getattr(tl, str(dtype).removeprefix("torch."))
+
+
+def check_operands(kernel: Any, layout: str, x: Tensor, values: Tensor) -> None:
+    """x goes with the weight, and the kernel can run where x is.
+
+    Raises:
+        ValueError: it does not, or cannot.
+    """
+    if x.dtype != values.dtype or x.device != values.device:
+        raise ValueError(f"x is {x.dtype} on {x.device}, the weight {values.dtype} on {values.device}: make them equal")
+    if x.device.type == "cpu" and not interpreted(kernel):
+        raise ValueError(
+            f"layout {layout!r} runs on a GPU, or on a CPU where TRITON_INTERPRET=1 is set: take the canonical layout"
+        )
