@@ -281,9 +281,7 @@ def test_a_step_never_waits_for_the_device(model: Any) -> None:
     assert not [name for name in operators.seen if any(wait in name.split(".")[1] for wait in waits)]
     assert len(operators.seen) > 10
     decoder.rewind()
-    for _ in range(
-        end_to_end.REPEATS + 5
-    ):  # as in a timed run: the same step, never past the end
+    for _ in range(end_to_end.REPEATS + 5):  # as in a timed run: the same step, never past the end
         assert torch.equal(decoder.step(), first)
 
 
