@@ -18,7 +18,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may wait for a network; 
 from broken import tree, word_tokenizer
 from brute_force import Statistics
 from corpus import write_every_format
-from tiny import SHARED, make_llama
+from tiny import SHARED, make_llama, make_windows
 from transformers import PreTrainedModel
 
 from llmprune.criteria.wanda import Wanda
@@ -56,8 +56,7 @@ def llama() -> PreTrainedModel:
 
 @pytest.fixture
 def windows() -> torch.Tensor:
-    """Token windows [11, 24] for the tiny models: an odd count, so that the last micro-batch is ragged."""
-    return torch.randint(0, 97, (11, 24), generator=torch.Generator().manual_seed(1))
+    return make_windows()
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from llmprune.criteria import methods
@@ -28,3 +29,8 @@ def make_llama(**changes: object) -> PreTrainedModel:
         **changes,
     }
     return LlamaForCausalLM(LlamaConfig(**settings)).eval()
+
+
+def make_windows() -> torch.Tensor:
+    """Token windows [11, 24] for the tiny models: an odd count, so that the last micro-batch is ragged."""
+    return torch.randint(0, 97, (11, 24), generator=torch.Generator().manual_seed(1))
