@@ -24,6 +24,7 @@ def pruned(llama: PreTrainedModel, windows: torch.Tensor) -> PruneResult:
     return prune(llama, PruneConfig(method="stade", pattern="2:4"), tokens=windows, holdout=windows[:2])
 
 
+@pytest.mark.usefixtures("fresh_process")
 def test_a_saved_model_reloads_plainly_with_its_biases(
     pruned: PruneResult, windows: torch.Tensor, tmp_path: Path
 ) -> None:
