@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
-
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING, Any
 
 from llmprune.blocks import Skipped
 from llmprune.command_line import shell_command
@@ -27,6 +25,10 @@ from llmprune.outlook import (
     variants,
 )
 from llmprune.planning import WEIGHTS, make_plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 GOALS = {"smaller": "uniform", "faster": "uniform", "quality": "unstructured"}
 """What a user may want, and the pattern that gives it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from llmprune_eval.devices import resolve_device
@@ -13,9 +13,11 @@ from llmprune_eval.peaks import MEMORY, allocated_peaks, resident_peaks
 from llmprune_eval.result import Result, check_place, describe_model, own_file
 from llmprune_eval.speed import Load, Peaks, measure_speed
 from llmprune_eval.windows import model_positions
-from transformers import PreTrainedModel
 
 from llmprune.errors import InputError, memory_ran_out
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def run_bench(

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.configuration_utils import PretrainedConfig
 
 from llmprune.sites import Site
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.configuration_utils import PretrainedConfig
 
 
 def bias_flags(model: PreTrainedModel) -> dict[str, frozenset[str]]:

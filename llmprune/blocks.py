@@ -10,15 +10,19 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from llmprune.errors import InputError
 from llmprune.sites import Site
 from llmprune.unprunable import find_routers, is_matrix, why_not
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 IGNORED = "ignored as asked"
 UNTARGETED = "not among the targets"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,10 +17,13 @@ from llmprune_eval.text import TextSource, joined_windows, open_text, token_ids
 from llmprune_eval.windows import check_vocabulary, vocabulary_size, window_length
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from llmprune.config import PruneConfig
 from llmprune.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from llmprune_eval.result import MANIFEST
@@ -25,13 +25,16 @@ from llmprune_eval.windows import vocabulary_size
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from llmprune import reload_proof
 from llmprune.errors import InputError
 from llmprune.explain import explain
 from llmprune.report import Report
 from llmprune.structured.curves import draw_curves
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 CURVES = "learning.png"
 PROOF_TOKENS = 32

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from llmprune_kernels import obeys
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from llmprune.blocks import all_sites, survey
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 FORMATS = ((1, 4), (2, 4), (4, 8), (2, 8), (8, 16))
 

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
-from transformers import PreTrainedModel
 
 from llmprune.config import PruneConfig
 from llmprune.criteria import methods
 from llmprune.errors import InputError
 from llmprune.patterns import NM, Uniform
 from llmprune.planning import WEIGHTS, Plan, make_plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 PATTERNS = ("unstructured", "2:4", "uniform")
 REGRESSION = {"compensation": "least-squares", "target": "dense", "sequential": "site"}

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmprune_eval.windows import window_length
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from llmprune.blocks import Block, Skipped, all_sites, survey
 from llmprune.config import PruneConfig
@@ -17,6 +16,10 @@ from llmprune.recipe import Recipe
 from llmprune.structured.layout import check_alike
 from llmprune.structured.structure import Structure, make_structure
 from llmprune.structured.widths import can_narrow
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 WEIGHTS, HIDDEN, BLOCK = "weights", "hidden states", "largest block on the device"
 DENSE = "dense values of one block, at most"

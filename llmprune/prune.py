@@ -7,7 +7,7 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from llmprune_eval.devices import resolve_device
@@ -16,7 +16,6 @@ from llmprune_eval.ready_windows import Windows, as_windows
 from llmprune_eval.surroundings import peak_memory
 from llmprune_eval.windows import check_vocabulary, window_length
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from llmprune.biases import add_biases_
 from llmprune.blocks import all_sites
@@ -35,6 +34,10 @@ from llmprune.structured.structure import Structure
 from llmprune.structured.task import Task
 from llmprune.targets import wanted_output
 from llmprune.walk import Visit, loss, walk, windows_per_pass
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 log = logging.getLogger(__name__)
 

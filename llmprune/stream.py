@@ -11,14 +11,17 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from llmprune.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of one call of a block, the hidden states left out."""

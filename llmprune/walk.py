@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from llmprune_eval.evaluate import evaluating
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from llmprune.blocks import Block
 from llmprune.collect import Collector
@@ -28,6 +28,10 @@ from llmprune.learning import learn
 from llmprune.orders import IN_ORDER, Job, check_order
 from llmprune.sites import Site
 from llmprune.stream import Stream, visiting
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
@@ -19,10 +19,13 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from llmprune_eval.errors import InputError
 from llmprune_eval.windows import vocabulary_size
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 ROWS = 2048
 """Tokens whose distributions are compared at a time: bounds the float32 copies of the logits."""

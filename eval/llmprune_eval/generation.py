@@ -5,18 +5,21 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from llmprune_eval.errors import InputError
 from llmprune_eval.evaluate import evaluating
 from llmprune_eval.result import Part
 from llmprune_eval.wanted import Opened, Reference, Wanted
 from llmprune_eval.windows import model_positions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 PROMPTS = (
     "Once upon a time, there was a little girl who",

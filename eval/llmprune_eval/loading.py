@@ -8,18 +8,22 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
 from llmprune_eval.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +76,8 @@ def load_model(
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below, by name
         )
-    model, info = loaded
+    model: PreTrainedModel = loaded[0]
+    info = loaded[1]
     missing = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     if missing:
         raise InputError(
@@ -83,10 +88,9 @@ def load_model(
     if unused:
         log.warning("%s: %s has no place for %d of its weights (%s, ...): they are left out", name,
                     type(model).__name__, len(unused), unused[0])  # fmt: skip
-    assert isinstance(model, PreTrainedModel)
     check_finite(model)
     place: Any = model.eval()
-    return model if device is None else cast(PreTrainedModel, place.to(device))
+    return model if device is None else cast("PreTrainedModel", place.to(device))
 
 
 def empty_model(name: str, dtype: str = "auto", trust_remote_code: bool = False) -> PreTrainedModel:
@@ -99,10 +103,9 @@ def empty_model(name: str, dtype: str = "auto", trust_remote_code: bool = False)
     config = load_config(name, trust_remote_code)
     own = config.dtype or torch.float32
     with _opening(name), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=own if dtype == "auto" else getattr(torch, dtype), trust_remote_code=trust_remote_code
         )
-    assert isinstance(model, PreTrainedModel)
     return model
 
 

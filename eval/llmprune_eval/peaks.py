@@ -10,14 +10,19 @@ import multiprocessing
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from llmprune_eval.errors import InputError
 from llmprune_eval.speed import ACTIONS, Load, Peaks
 from llmprune_eval.surroundings import peak_memory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 MEMORY = {
     "cpu": "peak resident memory of a fresh process that imports the libraries, loads the model and does this, after "

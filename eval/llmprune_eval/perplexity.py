@@ -6,11 +6,10 @@ import time
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import find_executable_batch_size
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from llmprune_eval.errors import InputError
 from llmprune_eval.evaluate import Evaluation, evaluate
@@ -21,6 +20,10 @@ from llmprune_eval.result import Part, finite
 from llmprune_eval.text import TextSource, joined_windows, open_text
 from llmprune_eval.wanted import Opened, Reference, Wanted
 from llmprune_eval.windows import check_vocabulary, window_length
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 LARGEST_BATCH = 64
 MEASURE = "exp of the mean token negative log-likelihood, non-overlapping windows"

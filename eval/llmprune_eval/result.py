@@ -15,14 +15,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
-from transformers import PreTrainedModel
 
 from llmprune_eval.errors import InputError
 from llmprune_eval.hashing import sha256_of_files
 from llmprune_eval.surroundings import hardware, versions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 SCHEMA = 1
 RESULT = "evaluation.json"

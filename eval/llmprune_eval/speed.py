@@ -10,17 +10,20 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from llmprune_eval.errors import InputError
 from llmprune_eval.result import Part
 from llmprune_eval.windows import vocabulary_size
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 Clock = Callable[[], float]
 Peaks = dict[str, int]

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
-from transformers import PreTrainedModel
 
 from llmprune_eval.devices import resolve_device
 from llmprune_eval.errors import InputError
@@ -17,6 +16,10 @@ from llmprune_eval.hashing import fingerprint
 from llmprune_eval.loading import load_config, load_model, load_tokenizer
 from llmprune_eval.result import weights_sha256
 from llmprune_eval.windows import check_dataset
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 AUTO = "auto"
 

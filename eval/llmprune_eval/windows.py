@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from llmprune_eval.errors import InputError
 from llmprune_eval.ready_windows import check_npy
 from llmprune_eval.text import open_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 DEFAULT_LENGTH = 2048
 

@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from llmprune_eval import evaluate
@@ -18,7 +18,6 @@ from llmprune_eval.terminal import number, table
 from llmprune_eval.text import joined_windows
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from llmprune.compare import check_page, write_page
 from llmprune.config import PruneConfig
@@ -27,6 +26,10 @@ from llmprune.pages.comparison import compare
 from llmprune.prune import PruneResult, prune
 from llmprune.report import Report
 from llmprune.structured.task import LearningOptions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 HERE = Path(__file__).parent
 METHODS = ("random", "magnitude", "wanda", "stade", "sparsegpt", "regress")

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from llmprune.blocks import survey
 from llmprune.collectives import summed_
 from llmprune.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 LEARNING_RATE = 1e-4
 SCALING = 2

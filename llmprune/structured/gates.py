@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from llmprune_eval.evaluate import evaluating
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
 
 from llmprune.blocks import Block
 from llmprune.collectives import summed_, world
@@ -18,6 +17,9 @@ from llmprune.errors import InputError
 from llmprune.patterns import Columns
 from llmprune.stream import replaced_forwards
 from llmprune.wiring import first_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Gates:

@@ -12,19 +12,22 @@ import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.configuration_utils import PretrainedConfig
 from transformers.initialization import no_init_weights
 
 from llmprune.blocks import find_blocks, survey
 from llmprune.errors import InputError
 from llmprune.stream import Stream
 from llmprune.wiring import first_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.configuration_utils import PretrainedConfig
+
 
 TOKENS = 32
 """At least so many go through the probe, so that no unit is silent on all of them."""

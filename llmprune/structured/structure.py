@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from llmprune.biases import with_biases
 from llmprune.blocks import IGNORED, UNTARGETED, Block, Skipped, find_blocks
@@ -19,6 +18,9 @@ from llmprune.sites import Site
 from llmprune.structured.layout import Kind, Layout, find_layout
 from llmprune.structured.surgery import shrunk
 from llmprune.structured.widths import Widths, choose_widths
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass

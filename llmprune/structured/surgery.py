@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from llmprune_eval.evaluate import evaluating
 from torch import Tensor
-from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from llmprune.blocks import find_blocks
 from llmprune.errors import InputError
 from llmprune.structured.layout import Layout
 from llmprune.structured.widths import changed_config, config_changes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 log = logging.getLogger(__name__)
 

@@ -6,15 +6,18 @@ import itertools
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel
-from transformers.configuration_utils import PretrainedConfig
 
 from llmprune.blocks import find_blocks
 from llmprune.errors import InputError
 from llmprune.structured.layout import UNBUILDABLE, Kind, Layout, shallow_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.configuration_utils import PretrainedConfig
+
 
 Shapes = dict[str, tuple[int, ...]]
 
