@@ -157,7 +157,7 @@ def all_needs(model: PreTrainedModel, config: PruneConfig, machine: Machine, pos
                 chosen = configured(config, pattern, options)
             except InputError:  # this method cannot do that pattern
                 continue
-            plan = make_plan(model, chosen, probe=False)
+            plan = make_plan(model, chosen, probe=False, possible=True)
             found.append(_need(label, pattern, plan, machine))
     return found
 

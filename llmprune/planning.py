@@ -88,12 +88,14 @@ class Plan:
         return [skipped for block in self.blocks for skipped in block.skipped]
 
 
-def make_plan(model: PreTrainedModel, config: PruneConfig, *, probe: bool = True) -> Plan:
+def make_plan(model: PreTrainedModel, config: PruneConfig, *, probe: bool = True, possible: bool = False) -> Plan:
     """Survey a model (on any device, also meta) and check that the pattern fits every site.
 
     Args:
         probe: False leaves the units of a uniform pattern unsought, which takes one real block in float32. Memory is
             then that of every site but the experts, which is too much.
+        possible: True if the pattern is known to be possible, from a plan of another method: what takes seconds to
+            find out about the config is not found out again.
 
     Raises:
         InputError: as `survey`, or a width that the pattern does not divide, or too long windows.
@@ -102,7 +104,9 @@ def make_plan(model: PreTrainedModel, config: PruneConfig, *, probe: bool = True
     recipe = config.make_recipe()
     structure = None
     if isinstance(recipe.pattern, Uniform) and not probe:
-        _check_share(model, blocks, recipe.pattern.sparsity)
+        if not possible:
+            _check_config(model, blocks)
+        _check_share(blocks, recipe.pattern.sparsity)
     elif isinstance(recipe.pattern, Uniform):
         structure = make_structure(
             model,
@@ -132,12 +136,11 @@ def make_plan(model: PreTrainedModel, config: PruneConfig, *, probe: bool = True
     )
 
 
-def _check_share(model: PreTrainedModel, blocks: list[Block], sparsity: float) -> None:
-    """What can be said about units without looking for them; leaves the sites that can have any.
+def _check_config(model: PreTrainedModel, blocks: list[Block]) -> None:
+    """What can be said about units without looking for them, from the config.
 
     Raises:
-        InputError: the blocks differ, the config cannot say that they are narrower, or too little lies outside the
-            experts, which are left alone.
+        InputError: the blocks differ, or the config cannot say that they are narrower.
     """
     check_alike(model)
     if all(site.index is None for site in all_sites(blocks)) and not can_narrow(model):
@@ -145,6 +148,14 @@ def _check_share(model: PreTrainedModel, blocks: list[Block], sparsity: float) -
             f"no entry of the config of {type(model).__name__} says that there are fewer channels: "
             "--pattern uniform --dry-run tells whether heads can go"
         )
+
+
+def _check_share(blocks: list[Block], sparsity: float) -> None:
+    """Leaves the sites that can have units.
+
+    Raises:
+        InputError: too little lies outside the experts, which are left alone.
+    """
     for block in blocks:
         block.sites = [site for site in block.sites if site.index is None]
     goal = sparsity * sum(block.parameters for block in blocks)
