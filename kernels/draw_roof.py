@@ -58,11 +58,11 @@ def draw(table: Path, picture: Path) -> None:
     axis.plot([layer.megabytes for layer in layers], [roof.ceiling(layer, "2:4", 1) for layer in layers], "o",
               color="black", markersize=4, markerfacecolor="white", label="layers that are measured")  # fmt: skip
     _points(axis, measured)
-    axis.set(xscale="log", xlim=(10, 1000), ylim=(0.95, 1.85), xlabel="dense layer, MB (16 bits)")
+    axis.set(xscale="log", xlim=(10, 1000), ylim=(0.9, 1.85), xlabel="dense layer, MB (16 bits)")
     axis.set_ylabel("speed-up over dense")
     axis.set_xticks([10, 30, 100, 300, 1000], labels=["10", "30", "100", "300", "1000"])
     axis.set_title(source, fontsize=9, loc="left")
-    axis.legend(loc="lower right", fontsize=8, frameon=False, bbox_to_anchor=(1.0, 0.13))
+    axis.legend(loc="lower right", fontsize=8, frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(picture, dpi=110, bbox_inches="tight")
     pyplot.close(figure)
