@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint type bench results clean
+.PHONY: help install demo test lint type bench kernels results clean
 
 help:     ## show this help
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1: /' | awk -F': ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -35,6 +35,9 @@ type: $(READY) ## mypy --strict
 bench: $(READY) ## time smaller widths, and pruning itself, against the dense model (about 35 minutes)
 	$(BIN)/python eval/bench_smaller.py
 	$(BIN)/python eval/bench_prune.py
+
+kernels: $(READY) ## measure the kernels on this machine's GPU against torch's own (under 10 minutes)
+	$(BIN)/python kernels/bench.py --plot
 
 results: $(READY) ## prune and score the models of ../shared by every method (about an hour)
 	$(BIN)/python eval/make_results.py

@@ -92,9 +92,10 @@ def parts(options: argparse.Namespace) -> list[tuple[str, list[Contestant], list
     ]
 
 
-def tables(options: argparse.Namespace, machine: Machine, deadline: float) -> Iterator[dict[str, Any] | Refusal]:
+def tables(
+    options: argparse.Namespace, device: torch.device, machine: Machine, deadline: float
+) -> Iterator[dict[str, Any] | Refusal]:
     """All layers, as long as there is time."""
-    device, dtype = torch.device("cuda", torch.cuda.current_device()), getattr(torch, options.dtype)
     wanted = parts(options)
     for i, layer in enumerate(options.layers):
         if time.monotonic() > deadline:
@@ -102,40 +103,43 @@ def tables(options: argparse.Namespace, machine: Machine, deadline: float) -> It
             print(f"bench.py: no time left; go on with --layers {left}", file=sys.stderr)
             return
         torch.manual_seed(0)
-        full = (torch.randn(layer.outputs, layer.inputs, device=device) / layer.inputs**0.5).to(dtype)
-        for form, contestants, counts in wanted:
-            yield from contest(layer, half_of(full, form), counts, contestants, machine)
+        full = torch.randn(layer.outputs, layer.inputs, device=device) / layer.inputs**0.5
+        weight = full.to(getattr(torch, options.dtype))
         del full
-        torch.cuda.empty_cache()
+        for form, contestants, counts in wanted:
+            yield from contest(layer, half_of(weight, form), counts, contestants, machine)
 
 
-def whole_model(options: argparse.Namespace) -> Iterator[dict[str, Any] | Refusal]:
+def whole_model(
+    options: argparse.Namespace, device: torch.device, machine: Machine
+) -> Iterator[dict[str, Any] | Refusal]:
     """Decoding with a Llama of 8B parameters."""
-    device = torch.device("cuda", torch.cuda.current_device())
     torch.manual_seed(0)
     model = end_to_end.build(end_to_end.LLAMA_3_8B, device, getattr(torch, options.dtype))
     name = f"Llama-3-8B, {end_to_end.LENGTH} tokens of cache, decoding"
-    yield from end_to_end.compare(model, name, "decode", (1, 16), timing.Graph)
+    yield from end_to_end.compare(model, name, "decode", (1, 16), machine.record)
 
 
-def measure(options: argparse.Namespace) -> int:
-    """Everything that is asked for; the exit code."""
-    started = time.monotonic()
-    device = torch.device("cuda", torch.cuda.current_device())
+def surroundings(device: torch.device) -> tuple[Machine, dict[str, str]]:
+    """The roof of a CUDA device, measured, and what all rows say of it."""
     roof = Roof(timing.copy_bandwidth(device), timing.launch_cost(device))
     common = facts(device, HERE, " ".join(["python kernels/bench.py", *sys.argv[1:]]))
     free, _ = torch.cuda.mem_get_info(device)
     l2 = int(torch.cuda.get_device_properties(device).L2_cache_size)
-    machine = Machine(timing.Graph, roof, l2, free // 4)
     print(f"{common['gpu']}: copies at {roof.bandwidth * 1e-9:.0f} GB/s, {roof.launch:.2f} us per launch in a graph")
+    return Machine(timing.Graph, roof, l2, free // 4), common
+
+
+def measure(options: argparse.Namespace, device: torch.device, machine: Machine, common: dict[str, str]) -> int:
+    """Everything that is asked for; the exit code."""
+    started = time.monotonic()
     model = options.only == "end-to-end" or not (options.quick or options.only or options.tune)
-    budget = options.minutes - (END_TO_END_MINUTES if model else 0)
-    found: Iterator[dict[str, Any] | Refusal] = iter(())
+    refused = []
     if options.only != "end-to-end":
-        found = tables(options, machine, started + 60 * budget)
-    refused = keep(found, options.out, common)
+        minutes = options.minutes - (END_TO_END_MINUTES if model else 0)
+        refused += keep(tables(options, device, machine, started + 60 * minutes), options.out, common)
     if model:
-        refused += keep(whole_model(options), options.out, common)
+        refused += keep(whole_model(options, device, machine), options.out, common)
     for refusal in refused:
         print(f"bench.py: {refusal.layer}, {refusal.rows} rows, {refusal.kernel}: {refusal.reason}", file=sys.stderr)
     print(f"{time.monotonic() - started:.0f} s; rows are in {options.out}")
@@ -168,7 +172,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"bench.py: {lacking}", file=sys.stderr)
         return 2
     try:
-        code = measure(options)
+        device = torch.device("cuda", torch.cuda.current_device())
+        code = measure(options, device, *surroundings(device))
     except trouble() as error:
         print(f"bench.py: stopped: {(str(error).splitlines() or [type(error).__name__])[0]}", file=sys.stderr)
         return 1

@@ -48,7 +48,7 @@ def draw(table: Path, picture: Path) -> None:
     axis.axhline(16 / 9, color="0.7", linewidth=1, linestyle=":")
     axis.text(10.5, 16 / 9 + 0.012, "16/9: bytes alone", fontsize=8, color="0.45")
     ceiling = [roof.ceiling(square(size), "2:4", 1) for size in SIZES]
-    axis.plot(SIZES, ceiling, color="black", linewidth=1.8, label="ceiling: 2:4, and bitmap at 50 %")
+    axis.plot(SIZES, ceiling, color="black", linewidth=1.8, label="ceiling, 2:4")
     for left, right, speedup in TARGETS:
         axis.plot([left, right], [speedup, speedup], color="tab:green", linewidth=2.2,
                   label="target, 2:4, 1 to 16 rows" if left == TARGETS[0][0] else None)  # fmt: skip
@@ -56,13 +56,13 @@ def draw(table: Path, picture: Path) -> None:
               label="target, any zeros, 1 row")  # fmt: skip
     layers = chosen(None)
     axis.plot([layer.megabytes for layer in layers], [roof.ceiling(layer, "2:4", 1) for layer in layers], "o",
-              color="black", markersize=4, markerfacecolor="white", label="layers that are measured")  # fmt: skip
+              color="black", markersize=4, markerfacecolor="white", label="layers of the benchmark")  # fmt: skip
     _points(axis, measured)
-    axis.set(xscale="log", xlim=(10, 1000), ylim=(0.95, 1.85), xlabel="dense layer, MB (16 bits)")
+    axis.set(xscale="log", xlim=(10, 1000), ylim=(0.9, 1.85), xlabel="dense layer, MB (16 bits)")
     axis.set_ylabel("speed-up over dense")
     axis.set_xticks([10, 30, 100, 300, 1000], labels=["10", "30", "100", "300", "1000"])
     axis.set_title(source, fontsize=9, loc="left")
-    axis.legend(loc="lower right", fontsize=8, frameon=False, bbox_to_anchor=(1.0, 0.13))
+    axis.legend(loc="lower right", fontsize=8, frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(picture, dpi=110, bbox_inches="tight")
     pyplot.close(figure)

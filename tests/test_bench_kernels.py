@@ -19,6 +19,8 @@ from llmprune_kernels.benchmark.contestants import CUBLAS, Contestant, layout
 from llmprune_kernels.benchmark.machine import commit
 from llmprune_kernels.benchmark.roof import Roof
 from llmprune_kernels.benchmark.shapes import LAYERS, Layer
+from llmprune_kernels.layouts import LAYOUTS
+from llmprune_kernels.reference import BITMAP
 from tiny import ROOT
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -217,6 +219,66 @@ def test_a_run_writes_as_it_goes_and_names_what_it_refused(tmp_path: Path, capsy
     with (tmp_path / "t.csv").open(newline="") as stream:
         assert [(r["gpu"], r["layer"]) for r in csv.DictReader(stream)] == [("H", "l"), ("H", "m")]
     assert capsys.readouterr().out.count("kernel") == 2
+
+
+def test_all_that_is_asked_for_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The script from its options to its exit code, on a CPU, with small layers and the reference as kernels."""
+    import bench as script
+
+    monkeypatch.setitem(LAYERS, "tiny:layer", SMALL)
+    monkeypatch.setattr(script, "of_24", lambda: [CUBLAS, good("ours"), wrong("bad", SPOILED["one NaN"])])
+    monkeypatch.setattr(script, "of_bitmap", lambda: [CUBLAS, layout("bitmap")])
+    monkeypatch.setattr(end_to_end, "LLAMA_3_8B", TINY)
+    monkeypatch.setattr(end_to_end, "REPEATS", 2)
+    compare = end_to_end.compare
+    monkeypatch.setattr(
+        end_to_end, "compare", lambda model, name, layout, batches, record: compare(model, name, "values", (2,), record)
+    )
+    out, common = tmp_path / "t.csv", {"gpu": "none"}
+    options = script.parse(["--layers", "tiny:layer", "--tokens", "1", "65", "--out", str(out)])
+    assert script.measure(options, torch.device("cpu"), CPU, common) == 1
+    assert {(r["layer"].split(",")[0], r["kernel"], r["rows"]) for r in rows.read(out)} == {
+        ("tiny:layer", "cuBLAS", "1"), ("tiny:layer", "cuBLAS", "65"), ("tiny:layer", "ours", "1"),
+        ("tiny:layer", "ours", "65"), ("tiny:layer", "bitmap", "1"),
+        ("Llama-3-8B", "cuBLAS", "2"), ("Llama-3-8B", "values", "2"),
+    }  # fmt: skip
+    assert capsys.readouterr().err.count("bad: wrong") == 2
+    late = script.parse(["--layers", "tiny:layer", "--minutes", "-1", "--only", "decode", "--out", str(out)])
+    assert script.measure(late, torch.device("cpu"), CPU, common) == 0
+    assert "no time left; go on with --layers tiny:layer" in capsys.readouterr().err
+
+
+def test_every_part_has_its_kernels_and_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    import bench as script
+
+    monkeypatch.setitem(LAYOUTS, "bitmap-rows", BITMAP)  # what it multiplies is not asked here
+
+    def names(*arguments: str) -> set[tuple[str, str, int, int]]:
+        found = script.parts(script.parse(arguments))
+        return {(form, one.name, counts[0], counts[-1]) for form, contestants, counts in found for one in contestants}
+
+    assert {("2:4", "decode", 1, 4096), ("2:4", "both", 1, 4096), ("bitmap", "bitmap-rows", 1, 16)} <= names()
+    assert {name for _, name, _, _ in names("--only", "prefill")} == {
+        "cuBLAS", "cuSPARSELt, default algorithm", "cuSPARSELt, searched algorithm (prefill)", "CUTLASS through torch",
+        "both",
+    }  # fmt: skip
+    assert {least for _, _, least, _ in names("--only", "prefill")} == {64}
+    tuned = names("--tune")
+    assert ("2:4", "cuBLAS", 1, 64) in tuned and len({name for _, name, _, _ in tuned if "mma.sp" in name}) >= 12
+
+
+def test_the_picture_takes_the_roof_that_was_measured(tmp_path: Path) -> None:
+    import draw_roof
+
+    table = tmp_path / "t.csv"
+    assert draw_roof.roof_of(rows.read(table))[0] == H100
+    measured = row(layer="Llama-3-8B:o", kernel="decode", megabytes=33.6, speedup=1.5)
+    rows.merge(table, [measured | {"copy_gigabytes_per_second": 2000.0, "launch_microseconds": 1.5}])
+    assert draw_roof.roof_of(rows.read(table))[0] == Roof(2.0e12, 1.5)
+    draw_roof.draw(table, tmp_path / "roof.png")
+    assert (tmp_path / "roof.png").stat().st_size > 10_000
 
 
 def test_a_folder_without_a_repository_has_no_commit(tmp_path: Path) -> None:

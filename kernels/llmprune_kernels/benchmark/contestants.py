@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmprune_kernels import prefill
+from llmprune_kernels import decode, prefill
 from llmprune_kernels.bitmap import PackedBitmap, pack_bitmap
 from llmprune_kernels.layouts import LAYOUTS
 from llmprune_kernels.pack24 import pack24
 
 MANY = 1 << 30
+FEW = (1, decode.ROWS)
 
 
 @dataclass(frozen=True)
@@ -60,18 +59,13 @@ def layout(name: str, rows: tuple[int, int] = (1, MANY), label: str | None = Non
 
 def variants() -> list[Contestant]:
     """The decode kernel in every variant it offers, for tuning."""
-    decode: Any = importlib.import_module("llmprune_kernels.decode")
 
-    def multiply(variant: Any, x: Tensor, tensors: Sequence[Tensor], out: int) -> Tensor:
-        y: Tensor = decode.multiply_variant(x, tensors, None, out, variant)
-        return y
+    def multiply(variant: decode.Variant, x: Tensor, tensors: Sequence[Tensor], out: int) -> Tensor:
+        return decode.multiply_variant(x, tensors, None, out, variant)
 
-    def label(variant: Any) -> str:
-        return " ".join(["mma.sp", *(f"{name}={value}" for name, value in dataclasses.asdict(variant).items())])
-
-    like = layout("decode", (1, 64))
+    like = layout("decode", FEW)
     return [
-        dataclasses.replace(like, name=label(variant), multiply=functools.partial(multiply, variant))
+        dataclasses.replace(like, name=f"mma.sp {variant}", multiply=functools.partial(multiply, variant))
         for variant in decode.VARIANTS
     ]
 
@@ -116,7 +110,7 @@ CUTLASS = Contestant("CUTLASS through torch", "2:4", _to_cutlass, _cutlass)
 def of_24() -> list[Contestant]:
     """All for 2:4 weights; the first is what the others are compared with."""
     best = layout("prefill", label="cuSPARSELt, searched algorithm (prefill)")
-    ours = [layout("decode"), layout("portable", (1, 64)), layout("both")]
+    ours = [layout("decode"), layout("portable", FEW), layout("both")]
     return [CUBLAS, TRITON_GEMV, CUSPARSELT, best, CUTLASS, *ours]
 
 
