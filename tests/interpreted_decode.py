@@ -75,7 +75,7 @@ def say(arguments: list[Any], error: float) -> None:
 
 def main() -> None:
     InterpreterBuilder.create_inline_asm = create_inline_asm
-    selftest.OUT_FEATURES, selftest.BLOCKS = 20, 3  # emulation is slow
+    selftest.OUT_FEATURES, selftest.INPUTS = 20, 668  # emulation is slow
     say([], self_test())
     good, wrong = mma_sp.assembly, lambda dtype: good(dtype).replace(", 0x1;", ", 0x0;")
     mma_sp.assembly = wrong
