@@ -158,6 +158,29 @@ def test_rows_are_padded_and_cut_again(rows: int, library: list[tuple[int, int]]
     torch.testing.assert_close(y.double(), x.double() @ dense.double().t() + bias.double(), rtol=0.01, atol=0.05)
 
 
+def test_the_algorithm_is_searched_once_for_rows_up_to_a_power_of_two(
+    library: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    searched: list[tuple[int, ...]] = []
+
+    def search(x: torch.Tensor, compressed: torch.Tensor) -> list[int]:
+        searched.append((*x.shape, int(x.isfinite().all())))
+        return prefill.DEFAULT
+
+    times = table(tmp_path / "t.json", Clock())
+    monkeypatch.setattr(prefill, "measured", lambda device: times)
+    monkeypatch.setattr(prefill, "search", search)
+    dense = weight(32, 64)
+    tensors, state = prefill.prepare(pack24(dense)), torch.get_rng_state()
+    for rows in (5, 8, 7, 9):
+        x = torch.ones(rows, 64).bfloat16()
+        y = prefill.multiply(x, tensors, None, 32)
+        torch.testing.assert_close(y.double(), x.double() @ dense.double().t(), rtol=0.01, atol=0.05)
+    assert searched == [(8, 64, 1), (16, 64, 1)] and library[-1] == (16, 64)
+    assert prefill.multiply(x[:0], tensors, None, 32).shape == (0, 32)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 @pytest.mark.usefixtures("library")
 def test_a_library_that_gives_back_other_weights_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "_cslt_compress", lambda dense: dense.roll(1, 0))

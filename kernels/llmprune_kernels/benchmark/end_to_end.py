@@ -107,6 +107,7 @@ def decode(model: Any, batch: int, record: Recorder) -> Decoding:
     cuda = model.device.type == "cuda"
     decoder = Decoder(model, batch)
     if cuda:
+        torch._C._cuda_clearCublasWorkspaces()  # of earlier runs: this one makes its own
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     decoder.rewind()

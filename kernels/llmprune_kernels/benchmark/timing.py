@@ -34,17 +34,17 @@ class Graph:
     """Calls captured in one CUDA graph on the current device, after one eager run that compiles and tunes them."""
 
     def __init__(self, calls: Sequence[Call]):
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for call in calls:
-                call()
-        torch.cuda.current_stream().wait_stream(stream)
+        for call in calls:
+            call()
         torch.cuda.synchronize()
         self._calls = len(calls)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._outputs = [call() for call in calls]
+        stream = torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(self._graph):
+                self._outputs = [call() for call in calls]
+        finally:
+            torch.cuda.set_stream(stream)  # a capture that fails leaves its own stream behind
 
     def answers(self) -> list[Tensor]:
         for output in self._outputs:
