@@ -24,7 +24,7 @@ from llmprune_kernels.pack24 import Packed24, pack24, unpack24
 SIDES, ROWS = 16, 8  # multiples that cuSPARSELt asks of a 16-bit weight's sides and of x's rows
 DTYPES = (torch.float16, torch.bfloat16)
 COLUMNS_AT_ONCE = 1024  # of the identity; bounds the memory of the way back
-DEFAULT = [0, 1, -1]  # algorithm, split of the inputs, kind of the split: as torch._cslt_sparse_mm's own defaults
+DEFAULT = [0]  # the algorithm's number; a search finds also how the inputs are split
 
 
 def refusal(packed: Packed24) -> str | None:
@@ -87,11 +87,10 @@ def product(x: Tensor, compressed: Tensor, bias: Tensor | None, algorithm: list[
 
 
 def search(x: Tensor, compressed: Tensor) -> list[int]:
-    """The algorithm that cuSPARSELt's search finds for x [rows, in]: numbers for `product`; about a second."""
-    found = torch._C._cusparselt.mm_search(  # type: ignore[attr-defined]
-        compressed, _padded(x).t(), None, None, None, True
-    )
-    return [int(number) for number in found[:3]]
+    """The algorithm that cuSPARSELt's search finds for x [rows, in], for `product`; it takes a moment."""
+    library = torch._C._cusparselt
+    algorithm, *split, _ = library.mm_search(compressed, _padded(x).t(), None, None, None, True)  # type: ignore[attr-defined]
+    return [algorithm, *split]
 
 
 def trial(x: Tensor, rows: int) -> Tensor:

@@ -103,7 +103,9 @@ def contest(
         contestants: the first is the dense product that the others are compared with.
     """
     inputs = {count: torch.randn(count, layer.inputs, device=weight.device).to(weight.dtype) for count in rows}
-    truths = {count: x.double() @ weight.double().t() for count, x in inputs.items()}
+    exact = weight.double().t()
+    truths = {count: x.double() @ exact for count, x in inputs.items()}
+    del exact
     dense: dict[int, tuple[Error, float]] = {}
     for contestant in contestants:
         if not any(map(contestant.takes, rows)):
