@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from corpus import strict_json
+from corpus import strict_json, write_every_format
 from llmprune_eval.result import RESULT, SCHEMA, Part, Result
+
+from llmprune import PruneConfig, checkpoint, prune
 
 Ok = Callable[..., str]
 Refused = Callable[..., str]
@@ -46,11 +48,26 @@ def keep(path: Path, model: object, *parts: Part) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def _pruned(_complete_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a dense model, its text, and two that were pruned from it."""
+    folder = tmp_path_factory.mktemp("pair")
+    shutil.copytree(_complete_llama, folder / "dense")
+    text = write_every_format(folder / "data") / "a.npy"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "prove_reload", lambda model, folder: {"weights": "identical"})
+        for name, method in (("half", "wanda"), ("smaller", "obs")):
+            config = PruneConfig(method=method, dataset=str(text), num_calibration_samples=9)
+            prune(str(folder / "dense"), config).save(folder / name)
+    return folder
+
+
 @pytest.fixture
-def pair(dense: Path, data: Path, tmp_path: Path, ok: Ok, unproved: None) -> tuple[Path, Path]:
-    """Two pruned folders."""
-    for name, options in (("half", ["--method", "wanda"]), ("smaller", ["--method", "obs"])):
-        ok("prune", dense, "-o", name, "--dataset", data / "a.npy", "--nsamples", 9, *options)
+def pair(_pruned: Path, dense: Path, data: Path, tmp_path: Path, unproved: None) -> tuple[Path, Path]:
+    """Two pruned folders, as if they had been pruned where the test is."""
+    for name in ("half", "smaller"):
+        manifest = shutil.copytree(_pruned / name, tmp_path / name) / "llmprune.json"
+        manifest.write_text(manifest.read_text().replace(str(_pruned), str(tmp_path)))
     return tmp_path / "half", tmp_path / "smaller"
 
 

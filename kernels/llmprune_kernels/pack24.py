@@ -72,7 +72,6 @@ def pack24(weight: Tensor) -> Packed24:
         FormatError: a group holds more (the first row and column are named), or `weight` is no such matrix.
     """
     check_matrix(weight)
-    weight = weight.detach()  # a packed form has no gradients and must not keep a graph alive
     broken = violation(_padded(weight, GROUP), KEPT, GROUP)
     if broken is not None:
         row, column = broken
