@@ -12,6 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
 import torch
+from llmprune_kernels.huggingface import register
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
@@ -49,6 +50,7 @@ def resident_peaks(
 def _work(name: str, loads: Sequence[Load], dtype: str, trust_remote_code: bool, threads: int) -> list[Peaks]:
     torch.set_num_threads(threads)
     logging.disable_progress_bar()
+    register()
     model = AutoModelForCausalLM.from_pretrained(
         name,
         dtype=dtype if dtype == "auto" else getattr(torch, dtype),

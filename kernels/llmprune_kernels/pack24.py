@@ -73,7 +73,7 @@ def pack24(weight: Tensor) -> Packed24:
     """
     check_matrix(weight)
     weight = weight.detach()  # a packed form has no gradients and must not keep a graph alive
-    broken = violation(_padded(weight, GROUP), KEPT, GROUP)
+    broken = violation24(weight)
     if broken is not None:
         row, column = broken
         group = weight[row, column : column + GROUP].tolist()
@@ -92,6 +92,11 @@ def pack24(weight: Tensor) -> Packed24:
         pairs = _padded(codes, 2, CODES[0]).unflatten(1, (-1, 2))
         positions[rows] = pairs[..., 0] | pairs[..., 1] << 4
     return Packed24(values, positions, weight.shape[1])
+
+
+def violation24(weight: Tensor) -> tuple[int, int] | None:
+    """The first row and column at which a group of four inputs of [out, in] holds three weights or four, or None."""
+    return violation(_padded(weight, GROUP), KEPT, GROUP)
 
 
 def unpack24(packed: Packed24) -> Tensor:
