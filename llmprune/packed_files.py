@@ -28,12 +28,11 @@ def write_packed(weights: Weights, choice: Choice, building: Path) -> None:
     """All weight files, every one with what its original holds."""
     packed = {one.key: one for one in choice.packed}
     headers = {
-        key: {key.removesuffix("weight") + part: header for part, header in packed[key].parts(choice.kind).items()}
+        key: {key.removesuffix("weight") + part: header for part, header in choice.files_parts(packed[key]).items()}
         if key in packed else {key: weights.headers[key]}
         for key in weights.headers
     }  # fmt: skip
-    parts = dict.fromkeys(weights.files.values())
-    for name in parts:
+    for name in sorted(set(weights.files.values())):
         own = [key for key, file in weights.files.items() if file == name]
         announced = {part: header for key in own for part, header in headers[key].items()}
         with shard(building / name, announced, weights.metadata[name]) as file:
@@ -43,8 +42,9 @@ def write_packed(weights: Weights, choice: Choice, building: Path) -> None:
                     file.put(key, tensor)
                     continue
                 layer = MODULES[choice.kind].from_dense(tensor.T.contiguous() if packed[key].transposed else tensor)
-                for part in packed[key].parts(choice.kind):
-                    file.put(key.removesuffix("weight") + part, getattr(layer, part).detach())
+                for part in choice.files_parts(packed[key]):
+                    stored = tensor.new_empty(0) if part == "weight" else getattr(layer, part).detach()
+                    file.put(key.removesuffix("weight") + part, stored)
     files = {part: weights.files[key] for key in headers for part in headers[key]}
     _index(weights, building, files, [header for one in headers.values() for header in one.values()])
 
@@ -59,24 +59,18 @@ def write_dense(
     """
     unpacked = {keys[f"{name}.values"]: name for name in layers}
     spent = {keys[f"{name}.{part}"] for name, layer in layers.items() for part in layer.NAMES}
-    headers: dict[str, tuple[str, Header]] = {}
-    for key, header in weights.headers.items():
-        if key in unpacked:
-            layer = layers[unpacked[key]]
-            shape = layer.out_features, layer.in_features
-            if unpacked[key] in transposed:
-                shape = layer.in_features, layer.out_features
-            headers[key.removesuffix("values") + "weight"] = key, Header(header.dtype, shape)
-        elif key not in spent:
-            headers[key] = key, header
-    files = {name: weights.files[key] for name, (key, _) in headers.items()}
-    for file_name in dict.fromkeys(weights.files.values()):
-        own = {name: headers[name] for name, file in files.items() if file == file_name}
-        if not own:
-            continue
-        with shard(building / file_name, {name: header for name, (_, header) in own.items()},
-                   weights.metadata[file_name]) as file:  # fmt: skip
-            for name, (key, _) in tqdm(own.items(), desc=f"unpacking {file_name}", disable=None, leave=False):
+    sources = {key: key for key in weights.headers if key not in spent}
+    sources |= {key.removesuffix("values") + "weight": key for key in unpacked}  # one in the place of the guard
+    headers = {
+        name: _dense_header(layers[unpacked[key]], weights.headers[key].dtype, unpacked[key] in transposed)
+        if key in unpacked else weights.headers[key]
+        for name, key in sources.items()
+    }  # fmt: skip
+    files = {name: weights.files[key] for name, key in sources.items()}
+    for file_name in sorted(set(files.values())):
+        own = {name: key for name, key in sources.items() if files[name] == file_name}
+        with shard(building / file_name, {name: headers[name] for name in own}, weights.metadata[file_name]) as file:
+            for name, key in tqdm(own.items(), desc=f"unpacking {file_name}", disable=None, leave=False):
                 if key not in unpacked:
                     file.put(name, weights.read(key))
                     continue
@@ -84,7 +78,13 @@ def write_dense(
                 parts = [weights.read(keys[f"{module}.{part}"]) for part in layers[module].NAMES]
                 dense = _dense(layers[module], parts, module)
                 file.put(name, dense.T if module in transposed else dense)
-    _index(weights, building, files, [header for _, header in headers.values()])
+    _index(weights, building, files, headers.values())
+
+
+def _dense_header(layer: PackedLinear, dtype: str, transposed: bool) -> Header:
+    """Of a layer's weight, unpacked."""
+    shape = layer.out_features, layer.in_features
+    return Header(dtype, shape[::-1] if transposed else shape)
 
 
 def _dense(layer: PackedLinear, tensors: list[Tensor], name: str) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llmprune_kernels.bitmap import BITS
-from llmprune_kernels.checkpoint_format import FLOATING, known_as
+from llmprune_kernels.checkpoint_format import FLOATING, guard, known_as
 from llmprune_kernels.linear import MODULES
 from llmprune_kernels.pack24 import packed_shapes, violation24
 from torch import Tensor, nn
@@ -103,6 +103,11 @@ class Choice:
     def packed_bytes(self) -> int:
         """Of the same weights after."""
         return sum(one.packed_bytes(self.kind) for one in self.packed)
+
+    def files_parts(self, one: Matrix) -> dict[str, Header]:
+        """What the files hold in the place of a packed layer's weight, by the last part of the names."""
+        first = guard(matrix.name for matrix in self.packed) == f"{one.name}.weight"
+        return {**one.parts(self.kind), **({"weight": Header(one.header.dtype, (0,))} if first else {})}
 
     @property
     def share(self) -> float:

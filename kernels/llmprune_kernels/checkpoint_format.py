@@ -5,11 +5,12 @@
 
 A layer's weight [out, in] is stored as `<name>.values` and `<name>.positions` (2:4) or `<name>.bitmap`, in the place of
 `<name>.weight`; everything else is stored as in any checkpoint. Names only select among the layers that a model has.
+One layer's `<name>.weight` is there, and empty: see `guard`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,15 @@ def check_entries(entries: Mapping[str, Any]) -> None:
     for name, stored in modules.items():
         if not isinstance(name, str) or type(stored) is not int:
             raise FormatError(f"'modules' of quantization_config holds {name!r}: {stored!r}, no count: {PACK_AGAIN}")
+
+
+def guard(modules: Iterable[str]) -> str:
+    """Name of the one dense weight that a packed checkpoint holds, with no element in it.
+
+    A transformers that knows nothing of packed models skips an unknown quantization_config with a warning, and fills
+    what it does not find at random. It refuses this weight for its shape.
+    """
+    return min(modules) + ".weight"
 
 
 def known_as(key: str, prefix: str, names: Collection[str]) -> str | None:

@@ -24,7 +24,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from llmprune_kernels.checkpoint_format import METHOD, PACK_AGAIN, check_entries, check_files
+from llmprune_kernels.checkpoint_format import METHOD, PACK_AGAIN, check_entries, check_files, guard
 from llmprune_kernels.format import FormatError
 from llmprune_kernels.linear import MODULES, PackedLinear
 from llmprune_kernels.placement import lay_out
@@ -68,6 +68,8 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
         put_packed_layers(model, self.quantization_config)
         for _, layer in packed_layers(model):
             layer.weight = _passed_over()
+        known = model._keys_to_ignore_on_load_unexpected or ()
+        model._keys_to_ignore_on_load_unexpected = {*known, re.escape(guard(self.quantization_config.modules))}
         files: Sequence[str] | None = options.get("checkpoint_files")
         if files:
             check_files(files, packed_tensors(model), model.base_model_prefix)
@@ -83,6 +85,10 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
                     raise FormatError(f"{name}: {error}; copy or download the file again") from error
         lay_out(model)
         return model
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """What is saved: the canonical tensors, and the guard."""
+        return {**model.state_dict(), guard(self.quantization_config.modules): torch.empty(0, dtype=model.dtype)}, {}
 
     def is_serializable(self) -> bool:
         """A loaded model can be saved."""

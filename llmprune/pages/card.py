@@ -135,7 +135,7 @@ def _load(folder: Path, name: str, manifest: dict[str, Any]) -> str:
     """Code that opens the folder."""
     tokenizer = any(folder.glob("tokenizer*"))
     trust = ", trust_remote_code=True" if manifest["config"].get("trust_remote_code") else ""
-    lines = ["import llmprune  # without it transformers does not know these weights"] * bool(manifest.get("packed"))
+    lines = ["import llmprune  # tells transformers how to open packed weights"] * bool(manifest.get("packed"))
     lines += [f"from transformers import AutoModelForCausalLM{', AutoTokenizer' * tokenizer}", ""]
     lines.append(f'model = AutoModelForCausalLM.from_pretrained({json.dumps(name)}, dtype="auto"{trust})')
     lines += [f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(name)}{trust})"] * tokenizer
