@@ -134,6 +134,11 @@ def choose(model: PreTrainedModel, weights: Weights, kind: str) -> Choice:
         if key is None or weights.headers[key].dtype not in FLOATING:
             dense[name] = "stored under another name" if key is None else f"stored as {weights.headers[key].dtype}"
             continue
+        if weights.headers[key].shape != tuple(model.get_parameter(name).shape):
+            raise InputError(
+                f"{key} does not have the shape that the config asks for: the checkpoint is incomplete, or its config "
+                "belongs to another model"
+            )
         matrices.append(_look(name.removesuffix(".weight"), key, transposed, weights))
     if kind == "auto":
         kind = "2:4" if any(one.why_dense("2:4") is None for one in matrices) else "bitmap"
@@ -169,8 +174,6 @@ def _linears(model: PreTrainedModel) -> tuple[dict[str, bool], dict[str, str]]:
 
 def _look(name: str, key: str, transposed: bool, weights: Weights) -> Matrix:
     weight: Tensor = weights.read(key)
-    if weight.ndim != 2:
-        raise InputError(f"{key} has shape {tuple(weight.shape)}, no matrix: the checkpoint is of another model")
     oriented = weight.T if transposed else weight
     zeros = weight.numel() - int(weight.count_nonzero())
     return Matrix(name, key, transposed, weights.headers[key], zeros, violation24(oriented))
