@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -64,10 +65,7 @@ class Matrix:
 
     def stored(self, kind: str) -> int:
         """Values that the packed weight holds."""
-        count = 1
-        for length in self.parts(kind)["values"].shape:
-            count *= length
-        return count
+        return math.prod(self.parts(kind)["values"].shape)
 
     def why_dense(self, kind: str) -> str | None:
         """Why it is not packed in a format, or None if it is."""
