@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from llmprune_kernels import obeys
-from llmprune_kernels.huggingface import packed_layers
-from llmprune_kernels.linear import PackedLinear
+from llmprune_kernels.inventory import packed_layers
+from llmprune_kernels.packed_linear import PackedLinear
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -66,6 +66,6 @@ def _weight(model: PreTrainedModel, site: Site) -> Tensor:
 
 def _packing(layers: Sequence[PackedLinear]) -> dict[str, Any]:
     """In what format layers are packed, and how many bytes that saves."""
-    dense = sum(one.in_features * one.out_features * one.packed.values.element_size() for one in layers)
+    dense = sum(one.in_features * one.out_features * one.dtype.itemsize for one in layers)
     packed = sum(one.weight_bytes for one in layers)
     return {"format": layers[0].FORMAT, "modules": len(layers), "dense_bytes": dense, "packed_bytes": packed}

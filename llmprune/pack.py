@@ -18,7 +18,8 @@ from llmprune_eval.loading import empty_model, is_packed, load_config, load_mode
 from llmprune_eval.result import MANIFEST
 from llmprune_kernels import FormatError
 from llmprune_kernels.checkpoint_format import METHOD, VERSION, check_files, known_as
-from llmprune_kernels.huggingface import PackedConfig, packed_layers, packed_tensors, put_packed_layers
+from llmprune_kernels.huggingface import PackedConfig, packed_tensors, put_packed_layers
+from llmprune_kernels.inventory import packed_layers
 from llmprune_kernels.linear import MODULES
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
@@ -133,7 +134,7 @@ def unpack(
             raise InputError(f"{folder}: {error}") from error
         keys = {known_as(key, model.base_model_prefix, tensors) or key: key for key in weights.headers}
         layers = dict(packed_layers(model))
-        dense = sum(one.in_features * one.out_features * one.packed.values.element_size() for one in layers.values())
+        dense = sum(one.in_features * one.out_features * one.dtype.itemsize for one in layers.values())
         check_target(output, overwrite, str(folder), _size(folder) + dense)
         with built_beside(output, overwrite) as building:
             write_dense(weights, layers, keys, transposed, building)

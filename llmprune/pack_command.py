@@ -6,16 +6,17 @@ import json
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from llmprune_eval.options import Debug, Json, Remote
 from llmprune_eval.terminal import table
 
-from llmprune.advice_text import size
 from llmprune.options import Overwrite
-from llmprune.pack import Packed, pack, unpack
 from llmprune.terminal import say
+
+if TYPE_CHECKING:
+    from llmprune.pack import Packed
 
 Folder = Annotated[Path, typer.Argument(help="A model folder.")]
 Written = Annotated[Path, typer.Option("-o", "--output", help="Folder for the result.")]
@@ -32,6 +33,8 @@ def pack_command(
     debug: Debug = False,
 ) -> None:
     """Store sparse weights in fewer bytes; `import llmprune`, and transformers opens the folder."""
+    from llmprune.pack import pack
+
     done = pack(folder, output, kind, overwrite=overwrite, trust_remote_code=trust_remote_code)
     say(json.dumps(asdict(done), indent=1) if as_json else packed_text(done))
 
@@ -45,11 +48,13 @@ def unpack_command(
     debug: Debug = False,
 ) -> None:
     """Store packed weights densely again, bit by bit as they were: a plain folder that loads anywhere."""
+    from llmprune.pack import unpack
+
     layers, (before, after) = unpack(folder, output, overwrite=overwrite, trust_remote_code=trust_remote_code)
     if as_json:
         say(json.dumps({"output": str(output), "modules": layers, "files": [before, after]}, indent=1))
         return
-    say(f"unpacked    {layers} layers; weight files: {size(before)} before, {size(after)} after\nsaved       {output}")
+    say(f"unpacked    {layers} layers; weight files: {before:,} bytes before, {after:,} after\nsaved       {output}")
 
 
 def packed_text(done: Packed) -> str:

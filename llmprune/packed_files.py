@@ -11,7 +11,8 @@ from typing import Any
 from llmprune_eval.loading import INDEX, PICKLES
 from llmprune_eval.result import MANIFEST, RESULT
 from llmprune_kernels import FormatError
-from llmprune_kernels.linear import MODULES, PackedLinear
+from llmprune_kernels.linear import MODULES
+from llmprune_kernels.packed_linear import PackedLinear
 from torch import Tensor
 from tqdm import tqdm
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from llmprune_kernels.bitmap import BITS
 from llmprune_kernels.checkpoint_format import FLOATING, guard, known_as
@@ -12,13 +13,15 @@ from llmprune_kernels.linear import MODULES
 from llmprune_kernels.pack24 import packed_shapes, violation24
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from llmprune.blocks import find_blocks
 from llmprune.errors import InputError
 from llmprune.shards import Header, Weights
 from llmprune.unprunable import find_routers, is_matrix, why_not
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 FORMATS = ("auto", *MODULES)
 PRUNE = "`llmprune prune MODEL -o OUT --pattern 2:4` makes weights that can be packed"

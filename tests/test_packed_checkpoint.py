@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 import subprocess
@@ -14,8 +15,9 @@ import pytest
 import torch
 from families import FAMILIES
 from llmprune_kernels import FormatError, SparseLinear24, SparseLinearBitmap
-from llmprune_kernels.counts import count_weights
-from llmprune_kernels.huggingface import PackedConfig, packed_layers, register
+from llmprune_kernels.huggingface import PackedConfig
+from llmprune_kernels.inventory import count_weights, packed_layers
+from llmprune_kernels.registration import register
 from packed_folders import WEIGHTS, entries, make_24_, pair_up_, state, tensors
 from tiny import make_llama
 from torch import Tensor
@@ -23,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.quantizers import auto
 
+import llmprune
 from llmprune.errors import InputError
 from llmprune.pack import pack, unpack
 
@@ -82,6 +85,7 @@ def test_every_family_opens_packed_and_computes_the_same(name: str, tmp_path: Pa
     }
     assert set(done.modules) == set(layers) == matrices
     assert all(isinstance(layer, SparseLinear24) for layer in layers.values())
+    assert not any(parameter.requires_grad for layer in layers.values() for parameter in layer.parameters())
     torch.testing.assert_close(logits(again), logits(model), rtol=0, atol=0)
 
     again.save_pretrained(tmp_path / "saved")
@@ -201,8 +205,9 @@ def _restart(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", path + code + load], capture_output=True, text=True)
 
 
-def test_after_import_llmprune_a_fresh_process_opens_it(packed: Path) -> None:
-    done = _restart(packed, "import llmprune\n")
+def test_a_fresh_process_opens_it_and_imports_nothing_before_it_must(packed: Path) -> None:
+    code = "from llmprune_kernels.registration import register\nregister()\nassert 'transformers' not in sys.modules\n"
+    done = _restart(packed, code)
     assert done.returncode == 0 and "LlamaForCausalLM" in done.stdout
     assert "REPORT" not in done.stderr, done.stderr
 
@@ -212,6 +217,13 @@ def test_transformers_alone_refuses_it(packed: Path, monkeypatch: pytest.MonkeyP
         monkeypatch.delitem(mapping, "llmprune")
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         opened(packed)
+
+
+def test_importing_llmprune_registers(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for mapping in (auto.AUTO_QUANTIZATION_CONFIG_MAPPING, auto.AUTO_QUANTIZER_MAPPING):
+        monkeypatch.delitem(mapping, "llmprune")
+    importlib.reload(llmprune)
+    assert dict(packed_layers(opened(packed)))
 
 
 def test_registering_again_changes_nothing(packed: Path) -> None:

@@ -13,8 +13,7 @@ from typing import Any, cast
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from llmprune_kernels.checkpoint_format import METHOD
-from llmprune_kernels.huggingface import register
-from llmprune_kernels.placement import lay_out
+from llmprune_kernels.registration import register
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
@@ -92,10 +91,7 @@ def load_model(
     assert isinstance(model, PreTrainedModel)
     check_finite(model)
     place: Any = model.eval()
-    if device is not None:
-        model = cast(PreTrainedModel, place.to(device))
-        lay_out(model)
-    return model
+    return model if device is None else cast(PreTrainedModel, place.to(device))
 
 
 def empty_model(name: str, dtype: str = "auto", trust_remote_code: bool = False) -> PreTrainedModel:

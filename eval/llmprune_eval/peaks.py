@@ -12,7 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
 import torch
-from llmprune_kernels.huggingface import register
+from llmprune_kernels.registration import register
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 

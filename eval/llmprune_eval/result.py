@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
-from llmprune_kernels.counts import count_weights
+from llmprune_kernels.inventory import count_weights
 from transformers import PreTrainedModel
 
 from llmprune_eval.errors import InputError

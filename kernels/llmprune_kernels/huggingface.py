@@ -1,4 +1,4 @@
-"""Packed checkpoints in transformers: after `register()`, `from_pretrained` opens them straight into packed layers.
+"""Packed checkpoints in transformers: registered, `from_pretrained` opens them straight into packed layers.
 
 The dense weights never exist: the layers are replaced while the model has no storage yet, and the files hold the
 packed tensors under their names.
@@ -7,13 +7,12 @@ packed tensors under their names.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -26,8 +25,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llmprune_kernels.checkpoint_format import METHOD, PACK_AGAIN, check_entries, check_files, guard
 from llmprune_kernels.format import FormatError
-from llmprune_kernels.linear import MODULES, PackedLinear
+from llmprune_kernels.inventory import packed_layers
+from llmprune_kernels.linear import MODULES
+from llmprune_kernels.packed_linear import PackedLinear
 from llmprune_kernels.placement import lay_out
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc, unused-ignore]
@@ -78,6 +82,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
         _check_all_loaded(model)
         for name, layer in packed_layers(model):
             del layer.weight
+            layer.requires_grad_(False)  # transformers has made new parameters
             with _in_memory(layer):
                 try:
                     layer.check()
@@ -105,8 +110,8 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
         return True
 
 
-def register() -> None:
-    """Let transformers know of packed checkpoints; a second call changes nothing."""
+def register_now() -> None:
+    """Enter packed checkpoints into transformers' tables; a second call changes nothing."""
     if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         register_quantization_config(METHOD)(PackedConfig)
     if METHOD not in AUTO_QUANTIZER_MAPPING:
@@ -134,13 +139,6 @@ def put_packed_layers(model: PreTrainedModel, config: PackedConfig) -> None:
         except FormatError as error:
             raise FormatError(f"{name}: {error}; {PACK_AGAIN}") from error
         model.set_submodule(name, layer.train(linear.training))
-
-
-def packed_layers(model: nn.Module) -> Iterator[tuple[str, PackedLinear]]:
-    """All packed layers of a model with their names."""
-    for name, module in model.named_modules():
-        if isinstance(module, PackedLinear):
-            yield name, module
 
 
 def packed_tensors(model: nn.Module) -> dict[str, Tensor]:

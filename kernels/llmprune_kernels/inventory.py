@@ -1,11 +1,20 @@
-"""How many weights a model has, packed or not."""
+"""The packed layers of a model, and how many weights it has, packed or not."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import nn
 
-from llmprune_kernels.linear import PackedLinear
+from llmprune_kernels.packed_linear import PackedLinear
+
+
+def packed_layers(model: nn.Module) -> Iterator[tuple[str, PackedLinear]]:
+    """All packed layers of a model with their names."""
+    for name, module in model.named_modules():
+        if isinstance(module, PackedLinear):
+            yield name, module
 
 
 @torch.no_grad()
