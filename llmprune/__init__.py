@@ -5,9 +5,13 @@ result = prune("folder", PruneConfig(method="wanda", pattern="2:4", dataset="tex
 result.save("pruned")
 """
 
+from llmprune_kernels.registration import register
+
 from llmprune.config import PruneConfig
 from llmprune.errors import InputError
 from llmprune.prune import PruneResult, prune
 
 __all__ = ["InputError", "PruneConfig", "PruneResult", "prune"]
 __version__ = "0.1.0"
+
+register()  # from now on transformers opens packed checkpoints

@@ -106,9 +106,9 @@ def _recommend(
 ) -> Recommendation:
     """The best method, by measured quality, that fits into memory; the best of all if none does."""
     pattern = GOALS[goal]
-    further = _further(outlooks["2:4"]) if goal == "faster" else ""
+    further = _further(goal, outlooks["2:4"])
     if outlooks[pattern].problem:
-        return Recommendation(goal, None, f"only pattern {pattern} serves this goal, and is impossible here{further}")
+        return Recommendation(goal, None, f"pattern {pattern}, which serves this goal, is impossible here{further}")
     order = BEST_UNITS if pattern == "uniform" else BEST_ZEROS
     rows = [row for row in needs if row.pattern == pattern and row.method in order]
     candidates = [row for row in rows if row.passes]  # without data too much is lost
@@ -129,14 +129,14 @@ def _recommend(
     return Recommendation(goal, command, f"{gain}; {loss}{further}")
 
 
-def _further(two_of_four: Outlook) -> str:
-    """What 2:4 could do for speed, if it is possible."""
-    if two_of_four.packed_speedup is None:
+def _further(goal: str, pairs: Outlook) -> str:
+    """What 2:4 can do for size and speed, if it is possible."""
+    if pairs.packed is None or pairs.packed_speedup is None or goal == "quality":
         return ""
-    return (
-        f"; 2:4 would decode up to {two_of_four.packed_speedup:.2f}x as fast on an NVIDIA GPU of Ampere or later, once "
-        "packed, which is no part of this version"
-    )
+    shrinks = f"; 2:4, once `llmprune pack` has packed it, shrinks the file to {pairs.packed / pairs.size:.0%}"
+    if goal == "smaller":
+        return f"{shrinks}, for transformers with llmprune"
+    return f"{shrinks} and decodes at most {pairs.packed_speedup:.2f}x as fast, on an NVIDIA GPU of Ampere or later"
 
 
 def _command(name: str, pattern: str, options: Mapping[str, str], config: PruneConfig) -> str:

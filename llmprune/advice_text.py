@@ -12,9 +12,9 @@ BASIS = (
     "expected    speeds are expectations, counted and not measured on this model (`llmprune bench` measures):",
     "            zeros       none: dense kernels multiply them like other numbers, and the file stores them (and the",
     "                        biases that some methods add)",
-    f"            2:4         packed in 16 bits a weight takes {PACKED} of its bytes: 1.78x at the sites where reading",
-    "                        them takes the time (decoding), on an NVIDIA GPU of Ampere or later; packing is no",
-    "                        part of this version",
+    f"            2:4         `llmprune pack` stores a weight of 16 bits in {PACKED} of its bytes: no more than 1.78x",
+    "                        at the packed layers where reading them takes the time (decoding), on an NVIDIA GPU",
+    "                        of Ampere or later; a bound from the bytes",
     "            uniform     by the parameters that a token has to read; a random Llama of 25.7 M parameters read",
     "                        1.73x and wrote 1.28x as fast for 1.85x fewer (eval/results/smaller.csv, two CPU cores)",
 )
@@ -44,7 +44,7 @@ def _pattern_row(one: Outlook) -> tuple[str, ...]:
     file, faster = f"{size(one.size)}", "no"
     if one.packed is not None and one.packed_speedup is not None:
         file += f" (packed {size(one.packed)})"
-        faster += f" (packed: up to {one.packed_speedup:.2f}x)"
+        faster += f" (packed: at most {one.packed_speedup:.2f}x)"
     if one.speedup > 1:
         faster = f"up to {one.speedup:.2f}x anywhere"
     return one.pattern, f"{'' if one.exact else 'about '}{one.removed:.2%} of the decoder", file, faster

@@ -95,7 +95,7 @@ def save_checkpoint(
     """
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     check_target(target, overwrite, report.model, size)
-    with _built_beside(target, overwrite) as folder:
+    with built_beside(target, overwrite) as folder:
         model.save_pretrained(folder)
         for file in folder.glob("*.safetensors"):  # written for its owner alone
             shutil.copymode(folder / "config.json", file)
@@ -123,7 +123,7 @@ def _saved(model: PreTrainedModel, folder: Path, base: str) -> dict[str, int | N
 
 
 @contextmanager
-def _built_beside(target: Path, overwrite: bool) -> Iterator[Path]:
+def built_beside(target: Path, overwrite: bool) -> Iterator[Path]:
     """A hidden folder on the target's file system that becomes the target if all goes well."""
     whole = target.resolve()  # what a link leads to is replaced, not the link
     building, retired = (whole.with_name(_hidden_name(whole) + kind) for kind in ("building", "old"))
@@ -171,8 +171,8 @@ def prove_reload(model: PreTrainedModel, folder: Path) -> dict[str, Any]:
         RuntimeError: it does not load, or not to the same model.
     """
     device = str(model.device)
-    tokens = (torch.arange(PROOF_TOKENS) * 7919 % vocabulary_size(model)).view(1, -1)
-    own = _logits(model, tokens)
+    tokens = proof_tokens(model)
+    own = logits_of(model, tokens)
     with tempfile.TemporaryDirectory() as scratch:
         question, answer = Path(scratch, "question.safetensors"), Path(scratch, "answer.safetensors")
         save_file({"tokens": tokens}, question)
@@ -197,16 +197,35 @@ def prove_reload(model: PreTrainedModel, folder: Path) -> dict[str, Any]:
         raise RuntimeError(f"the written model reloads with missing or unexpected weights: {keys[:3]}")
     if facts["fingerprint"] != reload_proof.fingerprint(model):
         raise RuntimeError("the written model reloads with other weights than those in memory")
-    difference = ((own - reloaded).abs().max() / own.abs().max().clamp(min=1e-12)).item()
-    tolerance = 1e-4 if model.dtype == torch.float32 else 2e-2
-    if not difference <= tolerance:
-        raise RuntimeError(f"the written model's logits differ from those in memory by {difference:.2g} of their size")
+    difference = difference_of_logits(own, reloaded, model.dtype)
     return {"weights": "identical", "logits_relative_difference": difference, "tokens": PROOF_TOKENS}
 
 
+def proof_tokens(model: PreTrainedModel) -> Tensor:
+    """Tokens [1, PROOF_TOKENS] from all over the vocabulary, always the same."""
+    return (torch.arange(PROOF_TOKENS) * 7919 % vocabulary_size(model)).view(1, -1)
+
+
+def difference_of_logits(own: Tensor, written: Tensor, dtype: torch.dtype) -> float:
+    """The largest difference of the written model's logits from a model's own, relative to the largest of these.
+
+    Raises:
+        RuntimeError: it is more than another order of summation can make in `dtype`.
+    """
+    difference = ((own - written).abs().max() / own.abs().max().clamp(min=1e-12)).item()
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+    if not difference <= tolerance:
+        raise RuntimeError(f"the written model's logits differ from those in memory by {difference:.2g} of their size")
+    return difference
+
+
 @torch.no_grad()
-def _logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
-    """What the model in memory computes, float32 on the CPU."""
+def logits_of(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    """What the model in memory computes for tokens [1, length]: [1, length, vocabulary] float32 on the CPU.
+
+    Raises:
+        InputError: they are not finite.
+    """
     was_training = model.training
     logits: Tensor = model.eval()(input_ids=tokens.to(model.device)).logits.float().cpu()
     model.train(was_training)

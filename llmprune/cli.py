@@ -15,6 +15,7 @@ from llmprune_eval.entry import run
 from llmprune_eval.options import Debug, Json
 
 from llmprune.bench_command import bench_command
+from llmprune.pack_command import pack_command, unpack_command
 from llmprune.plan_command import plan_command
 from llmprune.prune_command import prune_command
 from llmprune.terminal import is_first, say
@@ -66,6 +67,8 @@ def explained(command: Callable[..., None]) -> Callable[..., None]:
 
 app.command("plan")(plan_command)
 app.command("prune")(prune_command)
+app.command("pack")(pack_command)
+app.command("unpack")(unpack_command)
 app.command("eval")(explained(eval_command))
 app.command("bench")(explained(bench_command))
 

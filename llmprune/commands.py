@@ -62,7 +62,7 @@ def show_plan(model: str, config: PruneConfig, as_json: bool) -> str:
 def run_inspect(folder: str, as_json: bool) -> str:
     """Sparsity and pattern of every site of a saved model, and its manifest."""
     manifest = read_manifest(Path(folder))
-    facts = inspect_model(load_model(folder))
+    facts = inspect_model(load_model(folder), empty_model(folder))
     if as_json:
         return json.dumps({"folder": folder, **facts, "manifest": manifest}, indent=1)
     return tables.inspection_text(folder, facts, manifest)

@@ -6,12 +6,14 @@ quality was measured (eval/results/quality.csv and structured.csv), on small mod
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
+from llmprune_kernels.pack24 import packed_shapes
 
 from llmprune.config import PruneConfig
 from llmprune.criteria import methods
@@ -56,9 +58,9 @@ class Outlook:
         removed: share of the decoder's parameters that is pruned.
         exact: False if that is what was asked for, met to within one unit.
         size: bytes of the file.
-        packed: bytes if 2:4 weights were packed in 16 bits.
+        packed: bytes of the file once `llmprune pack` has packed its 2:4 weights.
         speedup: to expect of decoding, at most, where reading the weights takes the time; 1 is none.
-        packed_speedup: the same if 2:4 weights were packed and multiplied by a GPU that can.
+        packed_speedup: a bound of decoding with packed 2:4 weights on a GPU that can, from the bytes it reads.
         widths: what every block keeps, where its units were looked for.
     """
 
@@ -127,18 +129,23 @@ def outlook(model: PreTrainedModel, config: PruneConfig, pattern: str, *, probe:
     read = plan.model_parameters - _looked_up(model)
     found = Outlook(shown, removed=plan.removed, size=size)
     if isinstance(plan.pattern, NM):
-        sites = plan.site_parameters
-        return replace(
-            found,
-            packed=size - sites * item + round(2 * PACKED * sites),
-            packed_speedup=read / (read - (1 - PACKED) * sites),
-        )
+        saved = sum(_saved(site.shape, item) for block in plan.blocks for site in block.sites if site.index is None)
+        return replace(found, packed=size - saved, packed_speedup=read / (read - saved / item))
     if isinstance(plan.pattern, Uniform):
         gone = round(plan.removed * plan.decoder_parameters)
         widths = plan.structure.describe() if plan.structure else None
         return replace(found, exact=widths is not None, size=size - gone * item, speedup=read / (read - gone),
                        widths=widths)  # fmt: skip
     return found
+
+
+def _saved(shape: tuple[int, int], item: int) -> int:
+    """Bytes that a 2:4 matrix of elements of `item` bytes takes less when it is packed.
+
+    Experts side by side in one parameter are not packed.
+    """
+    values, places = packed_shapes(*shape)
+    return item * (math.prod(shape) - math.prod(values)) - math.prod(places)
 
 
 def _looked_up(model: PreTrainedModel) -> int:

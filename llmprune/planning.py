@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from llmprune_eval.loading import is_packed
 from llmprune_eval.windows import window_length
 from torch import Tensor
 
@@ -98,8 +99,12 @@ def make_plan(model: PreTrainedModel, config: PruneConfig, *, probe: bool = True
             find out about the config is not found out again.
 
     Raises:
-        InputError: as `survey`, or a width that the pattern does not divide, or too long windows.
+        InputError: as `survey`, or a width that the pattern does not divide, or too long windows, or a packed model.
     """
+    if is_packed(model.config):
+        raise InputError(
+            "the model is packed, which cannot be pruned: run `llmprune unpack FOLDER -o OUT`, and take OUT"
+        )
     blocks = survey(model, config.targets, config.ignore)
     recipe = config.make_recipe()
     structure = None

@@ -135,6 +135,12 @@ def inspection_text(folder: str, facts: dict[str, Any], manifest: dict[str, Any]
     lines.append(
         f"zeros       {facts['sparsity']:.2%} of the weights at sites; patterns: {', '.join(facts['patterns'])}"
     )
+    if facts["packed"] is not None:
+        packed = facts["packed"]
+        lines.append(
+            f"packed      {packed['modules']} layers as {packed['format']}: {packed['packed_bytes']:,} bytes for "
+            f"{packed['dense_bytes']:,} ({packed['packed_bytes'] / packed['dense_bytes']:.4f})"
+        )
     if manifest is None:
         return "\n".join([*lines, "manifest    none: not written by llmprune"])
     config, calibration = manifest.get("config", {}), manifest.get("calibration") or {}

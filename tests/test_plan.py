@@ -169,7 +169,8 @@ def test_a_pattern_that_is_impossible_says_why_and_the_others_stay() -> None:
     assert "cannot be cut to smaller widths" in bloom.patterns[2].problem
     assert [one.command is None for one in bloom.recommendations] == [True, True, False]
     assert not [one for one in bloom.methods if one.pattern == "uniform"]
-    assert "up to" in bloom.recommendations[1].why
+    assert "`llmprune pack`" in bloom.recommendations[0].why and "at most" in bloom.recommendations[1].why
+    assert "pack" not in bloom.recommendations[2].why
 
 
 @pytest.mark.parametrize(("name", "possible"), [
@@ -189,6 +190,9 @@ def test_experts_are_known_to_stay_without_running_a_block(monkeypatch: pytest.M
     advice = advise(FAMILIES["mixtral"].build(), sparsity=0.5)
     assert "lie outside its experts, which are left alone" in advice.patterns[2].problem
     assert {one.reason for one in advice.skipped} == {"a router or gate"}
+    pairs = advice.patterns[1]
+    attention = 3 * (2 * 32 * 32 + 2 * 32 * 16)  # of float32: 16 bytes of four weights become 8, and one half of place
+    assert pairs.packed == pairs.size - attention * (4 - 2 - 1 / 8)
 
 
 @pytest.mark.usefixtures("unproved")

@@ -14,18 +14,18 @@ PACKAGES = {"llmprune": ROOT / "llmprune", "llmprune_eval": ROOT / "eval", "llmp
 
 # From the ground up: a module may import from its own layer or one below it.
 LAYERS = (
-    {"errors", "collectives", "reload_proof", "manifest"},
+    {"errors", "collectives", "reload_proof", "manifest", "shards"},
     {"moments", "gram", "cross", "patterns"},
-    {"inputs", "sites", "blocks", "biases", "stream", "unprunable", "least_squares", "swaps"},
+    {"inputs", "sites", "blocks", "biases", "stream", "unprunable", "least_squares", "swaps", "packing"},
     {"wiring", "learning", "collect", "dense_side", "targets", "criteria", "report", "structured"},
     {"orders", "walk", "recipe", "config", "command_line"},
     {"calibration", "planning", "checkpoint", "inspection", "tables", "pages", "explain"},
-    {"outlook"},
+    {"outlook", "packed_files"},
     {"advice"},
     {"advice_text"},
-    {"prune"},
+    {"prune", "pack"},
     {"bench", "commands", "compare", "demo"},
-    {"bench_command", "cli", "options", "plan_command", "prune_command", "terminal"},
+    {"bench_command", "cli", "options", "pack_command", "plan_command", "prune_command", "terminal"},
 )
 
 

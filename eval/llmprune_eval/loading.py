@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from llmprune_kernels.checkpoint_format import METHOD
+from llmprune_kernels.registration import register
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import (
@@ -59,6 +61,8 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a causal language model on the CPU, a device, or spread by a device map, every weight from the checkpoint.
 
+    Packed models are opened packed.
+
     Raises:
         InputError: it cannot be opened, lacks weights, or holds NaN or infinity.
     """
@@ -67,6 +71,7 @@ def load_model(
     if Path(name).is_dir():
         check_weight_files(Path(name))
     with _opening(name):
+        register()
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
@@ -94,7 +99,7 @@ def load_model(
 
 
 def empty_model(name: str, dtype: str = "auto", trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model that a config describes, without weights: all parameters are on the meta device.
+    """The model that a config describes, without weights: all parameters are on the meta device, and dense.
 
     Raises:
         InputError: there is no such model, or its config makes no sense.
@@ -188,8 +193,15 @@ def _check_kind(name: str, config: Any, trust_remote_code: bool) -> None:
         raise InputError(f"{name} is a {architectures[0]}, no causal language model: {wanted}")
     if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", True):
         raise InputError(f"{name} is an encoder-only model ({config.model_type}): {wanted}")
-    if getattr(config, "quantization_config", None) is not None:
+    if getattr(config, "quantization_config", None) is not None and not is_packed(config):
         raise InputError(f"{name} is quantised: prune the original weights first, then quantise")
+
+
+def is_packed(config: Any) -> bool:
+    """True for the config of a checkpoint that llmprune has packed, loaded or as transformers reads it."""
+    entries = getattr(config, "quantization_config", None)
+    method = entries.get("quant_method") if isinstance(entries, dict) else getattr(entries, "quant_method", None)
+    return bool(method == METHOD)
 
 
 def _looks_like_a_path(name: str) -> bool:

@@ -13,6 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import TYPE_CHECKING
 
 import torch
+from llmprune_kernels.registration import register
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
@@ -54,6 +55,7 @@ def resident_peaks(
 def _work(name: str, loads: Sequence[Load], dtype: str, trust_remote_code: bool, threads: int) -> list[Peaks]:
     torch.set_num_threads(threads)
     logging.disable_progress_bar()
+    register()
     model = AutoModelForCausalLM.from_pretrained(
         name,
         dtype=dtype if dtype == "auto" else getattr(torch, dtype),

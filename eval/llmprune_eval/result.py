@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
+from llmprune_kernels.inventory import count_weights
 
 from llmprune_eval.errors import InputError
 from llmprune_eval.hashing import sha256_of_files
@@ -214,13 +215,13 @@ def describe_model(name: str, model: PreTrainedModel) -> dict[str, Any]:
     """Which model was measured, its sizes, and a hash of its weights, or the Hub's commit."""
     folder = Path(name)
     manifest = folder / MANIFEST
-    parameters = list(model.parameters())
+    parameters, nonzero = count_weights(model)
     return {
         "name": name,
         "architecture": type(model).__name__,
         "dtype": str(model.dtype).removeprefix("torch."),
-        "parameters": sum(p.numel() for p in parameters),
-        "nonzero": sum(int(p.count_nonzero()) for p in parameters),
+        "parameters": parameters,
+        "nonzero": nonzero,
         "bytes": sum(f.stat().st_size for f in folder.glob("*.safetensors")) or None,
         "weights_sha256": weights_sha256(folder) if folder.is_dir() else getattr(model.config, "_commit_hash", None),
         "manifest_sha256": sha256_of_files([manifest]) if manifest.is_file() else None,

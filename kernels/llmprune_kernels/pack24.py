@@ -72,7 +72,7 @@ def pack24(weight: Tensor) -> Packed24:
         FormatError: a group holds more (the first row and column are named), or `weight` is no such matrix.
     """
     check_matrix(weight)
-    broken = violation(_padded(weight, GROUP), KEPT, GROUP)
+    broken = violation24(weight)
     if broken is not None:
         row, column = broken
         group = weight[row, column : column + GROUP].tolist()
@@ -91,6 +91,11 @@ def pack24(weight: Tensor) -> Packed24:
         pairs = _padded(codes, 2, CODES[0]).unflatten(1, (-1, 2))
         positions[rows] = pairs[..., 0] | pairs[..., 1] << 4
     return Packed24(values, positions, weight.shape[1])
+
+
+def violation24(weight: Tensor) -> tuple[int, int] | None:
+    """The first row and column at which a group of four inputs of [out, in] holds three weights or four, or None."""
+    return violation(_padded(weight, GROUP), KEPT, GROUP)
 
 
 def unpack24(packed: Packed24) -> Tensor:

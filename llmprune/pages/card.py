@@ -39,6 +39,7 @@ def card_text(folder: Path, one: Candidate, comparison: Comparison) -> str:
         gain=_gain(one),
         results=results_section(comparison),
         load=_load(folder, one.name, manifest),
+        packed=manifest.get("packed"),
         language="bash" if command.startswith("llmprune ") else "python",
         versions=", ".join(f"{name} {value}" for name, value in manifest["versions"].items()),
     )
@@ -71,6 +72,7 @@ def _metadata(manifest: dict[str, Any]) -> ModelCardData:
     on_hub = not os.path.exists(base) and re.fullmatch(r"[\w.-]+/[\w.-]+", base) is not None
     tags = ["llmprune", "pruned", str(manifest["config"]["method"])]
     tags.append("structured-pruning" if manifest["widths"] else "sparse")
+    tags += ["packed"] * bool(manifest.get("packed"))
     return ModelCardData(
         base_model=base if on_hub else None,
         license=_license(base),
@@ -115,6 +117,14 @@ def _gain(one: Candidate) -> str:
     if one.manifest["widths"]:
         before = one.manifest["model_parameters"]
         return f"A smaller ordinary model: {one.parameters:,} parameters, {before:,} before; {files}."
+    packed = one.manifest.get("packed")
+    if packed:
+        before, after = packed["weights"]
+        return (
+            f"The weights of {len(packed['modules'])} linear layers, {packed['share']:.2%} of the decoder, are stored "
+            f"packed as {packed['kind']}: {size(after)} for {size(before)} ({after / before:.4f}). All files: "
+            f"{size(packed['files'][1])}, {size(packed['files'][0])} with the zeros stored."
+        )
     return (
         f"Pruned weights are stored as zeros ({files}): the file does not shrink, and dense runtimes are not faster. "
         "The sparsity is there for a format or a runtime that uses it."
@@ -125,7 +135,8 @@ def _load(folder: Path, name: str, manifest: dict[str, Any]) -> str:
     """Code that opens the folder."""
     tokenizer = any(folder.glob("tokenizer*"))
     trust = ", trust_remote_code=True" if manifest["config"].get("trust_remote_code") else ""
-    lines = [f"from transformers import AutoModelForCausalLM{', AutoTokenizer' * tokenizer}", ""]
+    lines = ["import llmprune  # tells transformers how to open packed weights"] * bool(manifest.get("packed"))
+    lines += [f"from transformers import AutoModelForCausalLM{', AutoTokenizer' * tokenizer}", ""]
     lines.append(f'model = AutoModelForCausalLM.from_pretrained({json.dumps(name)}, dtype="auto"{trust})')
     lines += [f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(name)}{trust})"] * tokenizer
     return "\n".join(lines)

@@ -1,0 +1,184 @@
+"""Packed checkpoints in transformers: registered, `from_pretrained` opens them straight into packed layers.
+
+The dense weights never exist: the layers are replaced while the model has no storage yet, and the files hold the
+packed tensors under their names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from llmprune_kernels.checkpoint_format import METHOD, PACK_AGAIN, check_entries, check_files, guard
+from llmprune_kernels.format import FormatError
+from llmprune_kernels.inventory import packed_layers
+from llmprune_kernels.linear import MODULES
+from llmprune_kernels.packed_linear import PackedLinear
+from llmprune_kernels.placement import lay_out
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class PackedConfig(QuantizationConfigMixin):  # type: ignore[misc, unused-ignore]
+    """The `quantization_config` of a packed checkpoint; see checkpoint_format.
+
+    Attributes:
+        format: a name in llmprune_kernels.linear.MODULES.
+        version: of the checkpoint's form.
+        modules: packed layers by name, each with the number of values that it stores.
+
+    Raises:
+        FormatError: an entry is unknown, missing, or of another version.
+    """
+
+    quant_method: Any
+
+    def __init__(self, **entries: Any) -> None:
+        check_entries(entries)
+        if entries["quant_method"] != METHOD:
+            raise FormatError(f"quant_method is {entries['quant_method']!r}, not {METHOD!r}")
+        self.quant_method = METHOD
+        self.format: str = entries["format"]
+        self.version: int = entries["version"]
+        self.modules: dict[str, int] = dict(entries["modules"])
+
+
+class PackedQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
+    """Puts packed layers into a model before its weights are loaded, and checks them afterwards."""
+
+    quantization_config: PackedConfig
+
+    def validate_environment(self, *arguments: Any, **options: Any) -> None:
+        """Raise FormatError for a checkpoint that is not packed: nothing is packed while it is loaded."""
+        if not self.pre_quantized:
+            raise FormatError("this checkpoint is not packed: run `llmprune pack FOLDER -o OUT` and open OUT")
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **options: Any) -> None:
+        put_packed_layers(model, self.quantization_config)
+        for _, layer in packed_layers(model):
+            layer.weight = _passed_over()
+        known = model._keys_to_ignore_on_load_unexpected or ()
+        model._keys_to_ignore_on_load_unexpected = {*known, re.escape(guard(self.quantization_config.modules))}
+        files: Sequence[str] | None = options.get("checkpoint_files")
+        if files:
+            check_files(files, packed_tensors(model), model.base_model_prefix)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **options: Any) -> PreTrainedModel:
+        _check_all_loaded(model)
+        for name, layer in packed_layers(model):
+            del layer.weight
+            layer.requires_grad_(False)  # transformers has made new parameters
+            with _in_memory(layer):
+                try:
+                    layer.check()
+                except FormatError as error:
+                    raise FormatError(f"{name}: {error}; copy or download the file again") from error
+        lay_out(model)
+        return model
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """What is saved: the canonical tensors, and the guard."""
+        return {**model.state_dict(), guard(self.quantization_config.modules): torch.empty(0, dtype=model.dtype)}, {}
+
+    def is_serializable(self) -> bool:
+        """A loaded model can be saved."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Packed weights have no gradients."""
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        """nm_linear is one custom operator."""
+        return True
+
+
+def register_now() -> None:
+    """Enter packed checkpoints into transformers' tables; a second call changes nothing."""
+    if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(METHOD)(PackedConfig)
+    if METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantizer(METHOD)(PackedQuantizer)
+
+
+def put_packed_layers(model: PreTrainedModel, config: PackedConfig) -> None:
+    """Replace the linear layers that a config names by packed ones, yet without weights, on the meta device.
+
+    Raises:
+        FormatError: a name is of no linear layer of this model, or of the output head; or a count is impossible.
+    """
+    kind = MODULES[config.format]
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    for name, stored in config.modules.items():
+        linear = linears.get(name)
+        if linear is None or linear is model.get_output_embeddings():
+            raise FormatError(f"'{name}' is no linear layer of {type(model).__name__} that can be packed: {PACK_AGAIN}")
+        shape = linear.weight.shape
+        rows, columns = reversed(shape) if isinstance(linear, Conv1D) else shape
+        try:
+            layer = kind.empty(
+                columns, rows, stored, linear.bias is not None, linear.weight.dtype, torch.device("meta")
+            )
+        except FormatError as error:
+            raise FormatError(f"{name}: {error}; {PACK_AGAIN}") from error
+        model.set_submodule(name, layer.train(linear.training))
+
+
+def packed_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The canonical tensors of all packed layers by their full names; biases are no part of them."""
+    return {
+        f"{name}.{part}": tensor
+        for name, layer in packed_layers(model)
+        for part, tensor in layer.state_dict().items()
+        if part in layer.NAMES
+    }
+
+
+def _passed_over() -> Tensor:
+    """Stands for a layer's weight while transformers initialises what was not loaded.
+
+    Some models (GPT-2) initialise the weights of their children by name; what bears this mark they leave alone.
+    """
+    tensor = torch.empty(0, device="meta")
+    tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+    return tensor
+
+
+def _check_all_loaded(model: PreTrainedModel) -> None:
+    """Raise FormatError that names a parameter which no file held: transformers has filled it at random.
+
+    Models spread over devices are left to the report that transformers prints: their tensors have been replaced.
+    """
+    if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
+        return
+    optional = model._keys_to_ignore_on_load_missing or ()
+    for name, parameter in model.named_parameters():
+        loaded = getattr(parameter, "_is_hf_initialized", False) or name in model.all_tied_weights_keys
+        if not loaded and not any(re.search(pattern, name) for pattern in optional):
+            raise FormatError(f"the files lack {name}: copy or download them again")
+
+
+def _in_memory(layer: PackedLinear) -> Any:
+    """While it lasts, the layer's tensors are there, also where accelerate has offloaded them."""
+    if not hasattr(layer, "_hf_hook"):
+        return nullcontext()
+    from accelerate.utils import align_module_device
+
+    return align_module_device(layer)
