@@ -5,7 +5,7 @@ result = prune("folder", PruneConfig(method="wanda", pattern="2:4", dataset="tex
 result.save("pruned")
 """
 
-from llmprune_kernels.registration import register
+from llmprune_kernels.huggingface import register
 
 from llmprune.config import PruneConfig
 from llmprune.errors import InputError

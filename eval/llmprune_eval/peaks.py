@@ -13,7 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import TYPE_CHECKING
 
 import torch
-from llmprune_kernels.registration import register
+from llmprune_kernels.huggingface import register
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 

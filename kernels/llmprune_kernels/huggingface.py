@@ -110,8 +110,8 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
         return True
 
 
-def register_now() -> None:
-    """Enter packed checkpoints into transformers' tables; a second call changes nothing."""
+def register() -> None:
+    """Have transformers open packed checkpoints from now on; a second call changes nothing."""
     if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         register_quantization_config(METHOD)(PackedConfig)
     if METHOD not in AUTO_QUANTIZER_MAPPING:
