@@ -50,10 +50,11 @@ def weight(case: Case) -> torch.Tensor:
         groups = drawn.unflatten(1, (-1, 4))
         groups.scatter_(2, torch.rand(groups.shape).argsort(2)[..., :2], 0.0)
         drawn[torch.rand(drawn.shape) < 0.2] = 0.0
+        drawn[0] = 0.0
     else:
         drawn[torch.rand(drawn.shape) < 0.5] = 0.0
-        drawn[1] = torch.randn(drawn.shape[1])  # a row without zeros
-    drawn[0] = 0.0
+        drawn[0] = 0.0
+        drawn[-1] = torch.randn(drawn.shape[1])  # a row without zeros
     return drawn[:, : case.inputs].to(getattr(torch, case.dtype))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from llmprune_kernels.bitmap_kernel import BITMAP_ROWS
 from llmprune_kernels.both import both
 from llmprune_kernels.decode import DECODE
 from llmprune_kernels.layout import Layout
@@ -22,4 +23,5 @@ LAYOUTS: dict[str, Layout[Any]] = {
     "prefill": PREFILL,
     "both": both(DECODE, PREFILL),
     "bitmap": BITMAP,
+    "bitmap-rows": BITMAP_ROWS,
 }
