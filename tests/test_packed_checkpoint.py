@@ -303,6 +303,37 @@ def test_marks_that_are_not_as_many_as_the_values(tmp_path: Path) -> None:
         opened(tmp_path / "packed")
 
 
+def test_a_model_spread_over_disk_and_memory(zeros: Path, packed: Path, tmp_path: Path) -> None:
+    places: dict[str, str] = dict.fromkeys(
+        ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head", "model.layers.1", "model.layers.2"), "cpu"
+    )
+    spread = opened(packed, device_map={**places, "model.layers.0": "disk"}, offload_folder=tmp_path / "offloaded")
+    assert torch.equal(logits(spread), logits(opened(zeros)))
+    with pytest.warns(UserWarning, match="offloaded modules"):
+        spread.save_pretrained(tmp_path / "saved")
+    before, after = state(packed), state(tmp_path / "saved")
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+@pytest.mark.parametrize("kind", ["2:4", "bitmap"])
+def test_on_a_gpu_it_is_laid_out_and_saves_the_same(kind: str, tmp_path: Path) -> None:
+    model = make_llama(intermediate_size=67)
+    make_24_(model, LINEAR)
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "zeros")
+    pack(tmp_path / "zeros", tmp_path / "packed", kind)
+    wanted = logits(opened(tmp_path / "packed")).float()
+    again = opened(tmp_path / "packed", device_map="cuda")
+    assert not any(layer.layout == layer.CANONICAL for _, layer in packed_layers(again))
+    with torch.no_grad():
+        found = again(input_ids=TOKENS.cuda()).logits.float().cpu()
+    assert (found - wanted).abs().max() < 0.05 * wanted.abs().max()
+    again.save_pretrained(tmp_path / "saved")
+    before, after = state(tmp_path / "packed"), state(tmp_path / "saved")
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+
+
 def test_the_oracle_makes_what_it_says() -> None:
     weight = torch.ones(5, 67)
     pair_up_(weight)
