@@ -184,9 +184,11 @@ class PackedLinear(nn.Module, ABC):
             destination.update({prefix + name: getattr(packed, name) for name in self.NAMES})
 
     def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
-        """Into the canonical form."""
+        """Into the canonical form, which is then laid out as the weight was before."""
+        layout = self.layout
         self.use_layout(self.CANONICAL)
         super()._load_from_state_dict(*arguments, **options)
+        self.use_layout(layout)
 
     def extra_repr(self) -> str:
         """What print(model) shows."""
