@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Folder = Annotated[Path, typer.Argument(help="A model folder.")]
 Written = Annotated[Path, typer.Option("-o", "--output", help="Folder for the result.")]
-Format = Annotated[str, typer.Option("--format", help="auto, 2:4, or bitmap (any zeros, smaller, no faster).")]
+Format = Annotated[str, typer.Option("--format", help="auto, 2:4, or bitmap (any zeros).")]
 
 
 def pack_command(
