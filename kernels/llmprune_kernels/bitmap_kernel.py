@@ -9,10 +9,11 @@ inputs, in 37 words of 32 bits:
     36     byte r: how many values row 4q + r has in the first 128 inputs
 
 A warp so reads a record at once, lane l its word l, and finds its values with two prefix sums for all four rows.
-Counted in machine code for sm_90 (Triton 3.6.0 / 3.9.0): 9.3 / 9.8 instructions per weight for one token, 11.7 / 12.1
-for two, about 22.5 for eight. An H100 that streams 3 TB/s has 11 to spend per weight, so one token can run at the speed
-of memory, 1.75 times that of the dense weight, and eight tokens run slower than dense. More than eight are multiplied
-with a dense copy made for the call: no gain but in the memory that stays free between calls.
+
+Counted in machine code for sm_90 (Triton 3.6.0 / 3.9.0), instructions per weight: 9.3 / 9.8 for one token, 11.6 / 12.1
+for two, 15.3 / 15.5 for four, 22.1 / 22.8 for eight. An H100 that streams 3 TB/s has 11 to spend, so the instructions
+allow one token what the bytes allow, 1.75 times the speed of the dense weight, and eight tokens less than dense. More
+than eight are multiplied with a dense copy made for the call: no gain but the memory that stays free between calls.
 
 A weight that is not stored multiplies nothing: an input that is no number reaches only outputs that hold a weight for
 it.

@@ -56,7 +56,7 @@ def tiles(rows: int, dtype: torch.dtype) -> Tiles:
         return Tiles(32, 16, 4, 1) if rows <= 16 else Tiles(64, 32, 8, 1)
     if rows <= 16:
         return Tiles(32, 16, 2, 8)
-    return Tiles(32, 32, 2, 1) if rows <= 64 else Tiles(32, 128, 4, 1)
+    return Tiles(32, 32, 2, 1) if rows <= 64 else Tiles(32, 64, 4, 1)
 
 
 def prepare(packed: Packed24) -> list[Tensor]:

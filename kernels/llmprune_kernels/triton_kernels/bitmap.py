@@ -72,7 +72,8 @@ def _inputs(x, at, inside, DTYPE: tl.constexpr):
         x2, x3 = tl.load(x + 4 * at + 2, mask=inside, other=0.0), tl.load(x + 4 * at + 3, mask=inside, other=0.0)
         return x0, x1, x2, x3
     else:
-        four = tl.load(x + at, mask=inside, other=0)
+        # Eight bytes of a thread, and no more: two words would make a layout that marks and values do not have.
+        four = tl.load(tl.multiple_of(x + at, (8, 8)), mask=inside, other=0)
         return (
             _number(four, DTYPE),
             _number(four >> 16, DTYPE),
