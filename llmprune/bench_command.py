@@ -22,6 +22,8 @@ def bench_command(
     prompt: Annotated[int, typer.Option(help="Tokens read at once.")] = 256,
     new_tokens: Annotated[int, typer.Option(help="Tokens written one by one.")] = 32,
     turns: Annotated[int, typer.Option(help="How often each is timed, after one turn to warm up.")] = 5,
+    graph: Annotated[bool | None, typer.Option("--graph/--no-graph", help="Replay each written token from one CUDA "
+                                               "graph, as servers do [on a GPU]")] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     trust_remote_code: Remote = False,
@@ -31,6 +33,7 @@ def bench_command(
     debug: Debug = False,
 ) -> None:  # fmt: skip
     """Time prefill and decode, and measure peak memory; with --against in turn with the dense model."""
+    from llmprune_eval.devices import resolve_device
     from llmprune_eval.speed import Load
 
     from llmprune.bench import run_bench
@@ -38,7 +41,11 @@ def bench_command(
 
     if turns < 1:
         raise InputError(f"turns is {turns}: at least 1 is needed")
-    loads = [Load(size, prompt, new_tokens) for size in _sizes(batch_sizes)]
+    place = resolve_device(device)
+    if graph and place.type != "cuda":
+        raise InputError(f"--graph: CUDA graphs run on NVIDIA GPUs, not on {place}: leave it out")
+    on_graph = place.type == "cuda" if graph is None else graph
+    loads = [Load(size, prompt, new_tokens, on_graph) for size in _sizes(batch_sizes)]
     names = [model] if against is None else [model, against]
     result = run_bench(names, loads, turns, device, dtype, trust_remote_code, output)
     say(json.dumps(result.as_dict(), indent=1) if as_json else speed_text(result, 2 * len(loads)))

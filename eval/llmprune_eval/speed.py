@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from llmprune_eval.captured import captured
 from llmprune_eval.errors import InputError
 from llmprune_eval.result import Part
 from llmprune_eval.windows import vocabulary_size
@@ -32,17 +33,27 @@ Peaks = dict[str, int]
 
 @dataclass(frozen=True)
 class Load:
-    """What every model has to do: read `prompt` tokens at once, then write `new_tokens`, of `batch_size` sequences."""
+    """What every model has to do: read `prompt` tokens at once, then write `new_tokens`, of `batch_size` sequences.
+
+    With `graph` each token is written by replaying one CUDA graph.
+    """
 
     batch_size: int
     prompt: int
     new_tokens: int
+    graph: bool = False
 
     def __post_init__(self) -> None:
         """Raise InputError for numbers below 1."""
-        for name, value in asdict(self).items():
+        for name in ("batch_size", "prompt", "new_tokens"):
+            value = getattr(self, name)
             if value < 1:
                 raise InputError(f"{name.replace('_', ' ')} is {value}: at least 1 is needed")
+
+    def protocol(self) -> dict[str, Any]:
+        """What the protocol says of it."""
+        facts = asdict(self)
+        return facts | {"graph": "one CUDA graph per step, static cache"} if facts.pop("graph") else facts
 
     def check(self, positions: int | None) -> None:
         """Raise InputError for more tokens than a model has positions for; None is no end."""
@@ -76,9 +87,10 @@ def decode(model: PreTrainedModel, load: Load, clock: Clock = time.perf_counter)
     """Seconds to write the new tokens, once the prompts have been read; the model must be in eval mode.
 
     Raises:
-        InputError: the model keeps no key/value cache.
+        InputError: the model keeps no key/value cache, or its step cannot be captured.
     """
-    steps = greedy(model, load.tokens(model))
+    tokens = load.tokens(model)
+    steps = captured(model, tokens, load.new_tokens) if load.graph else greedy(model, tokens)
     next(steps)
     start = _now(model, clock)
     for _ in range(load.new_tokens):
@@ -171,7 +183,7 @@ def measure_speed(
         InputError: as `decode`.
     """
     protocol = {
-        **asdict(load),
+        **load.protocol(),
         "turns": turns,
         "tokens": "random, the same for all",
         "measure": "tokens of all sequences over seconds, one turn to warm up, models in turn; median, 10th and 90th "
