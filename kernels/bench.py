@@ -16,10 +16,11 @@ from typing import Any, NoReturn
 
 import torch
 from llmprune_kernels.benchmark import end_to_end, rows, shapes, timing
-from llmprune_kernels.benchmark.contest import Machine, Refusal, contest, half_of, trouble
+from llmprune_kernels.benchmark.contest import Machine, Refusal, contest, half_of
 from llmprune_kernels.benchmark.contestants import Contestant, of_24, of_bitmap, variants
 from llmprune_kernels.benchmark.machine import facts
 from llmprune_kernels.benchmark.roof import Roof
+from llmprune_kernels.launch import trouble
 
 HERE = Path(__file__).resolve().parent
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096)

@@ -18,20 +18,23 @@ from llmprune_kernels.decode import VARIANTS, Variant, default_variant
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-Case = tuple[int, int, int, str, tuple[int, int, bool, bool], bool, bool]
+Case = tuple[int, int, int, str, tuple[int, int, int, bool], bool, bool]
 
-# rows, inputs, tokens, dtype, (warps, row tiles, wide, ahead), bias, small integers
+# rows, inputs, tokens, dtype, (warps, row warps, row tiles, wide), bias, small integers
 CASES: list[Case] = [
-    (16, 256, 1, "bfloat16", (1, 1, False, False), False, True),
-    (16, 256, 8, "float16", (1, 1, True, False), True, True),
-    (37, 331, 5, "bfloat16", (2, 1, False, True), True, True),
-    (37, 331, 5, "float16", (2, 2, True, True), False, True),
-    (70, 516, 16, "bfloat16", (4, 2, True, False), True, True),
-    (48, 1030, 13, "float16", (8, 1, False, False), False, True),
-    (33, 1030, 33, "bfloat16", (2, 2, True, False), True, True),
-    (17, 257, 64, "float16", (1, 2, True, True), True, True),
-    (48, 1024, 3, "bfloat16", (4, 1, True, True), True, False),
-    (20, 768, 2, "float16", (2, 1, False, False), False, False),
+    (16, 256, 1, "bfloat16", (1, 1, 1, False), False, True),
+    (16, 256, 8, "float16", (1, 1, 1, True), True, True),
+    (37, 331, 5, "bfloat16", (2, 1, 1, False), True, True),
+    (37, 331, 5, "float16", (4, 2, 2, True), False, True),
+    (16, 8, 1, "bfloat16", (2, 1, 1, False), False, True),
+    (16, 1032, 1, "bfloat16", (4, 2, 1, False), False, True),
+    (20, 1032, 3, "bfloat16", (4, 2, 1, True), False, True),
+    (70, 516, 16, "bfloat16", (4, 4, 2, True), True, True),
+    (48, 1030, 13, "float16", (8, 4, 1, False), False, True),
+    (33, 1030, 33, "bfloat16", (2, 2, 2, True), True, True),
+    (17, 257, 64, "float16", (2, 1, 2, True), True, True),
+    (48, 1024, 3, "bfloat16", (4, 2, 1, True), True, False),
+    (20, 768, 2, "float16", (2, 1, 1, False), False, False),
 ]
 
 
@@ -59,7 +62,7 @@ def test_the_kernel_computes_the_product(case: Case, errors: dict[str, float]) -
 def test_the_self_test_knows_right_from_wrong(errors: dict[str, float]) -> None:
     """The same process ran it on the kernel as it is, and on one that gets the positions of every other tile wrong."""
     assert errors["[]"] == 0.0
-    assert errors["[0]"] == len(selftest.TOKENS)
+    assert errors["[0]"] == len(decode.CUTS)
 
 
 def build(variant: Variant, tokens: int, dtype: str = "bf16", whole: bool = True, arch: int = 90) -> Any:
@@ -68,48 +71,56 @@ def build(variant: Variant, tokens: int, dtype: str = "bf16", whole: bool = True
     number = {"bf16": "*bf16", "fp16": "*fp16"}[dtype]
     signature = {"fragments": "*i32", "metadata": "*i32", "x": "*i32", "bias": number, "out": number}
     signature |= dict.fromkeys(
-        ["tokens", "out_features", "row_tiles", "blocks", "words", "x_stride", "out_stride"], "i32"
+        ["tokens", "out_features", "row_tiles", "blocks", "words", "x_stride", "out_stride", "zero"], "i32"
     )
     constants = decode.constants(variant, tokens, {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype], whole, True)
     aligned = ["fragments", "metadata", "x", "bias", "out", "out_features", "words", "x_stride", "out_stride"]
     return machine_code.build(decode_kernel, signature, constants, aligned, variant.warps, arch, num_stages=1)
 
 
-BUILDS = [(tokens, arch) for tokens in (1, 8, 16, 32, 64) for arch in (80, 90, 100)]
+CUTS = [(tokens, variant) for tokens, *both in decode.CUTS for variant in dict.fromkeys(both)]
 
 
-@pytest.mark.parametrize(("tokens", "arch"), BUILDS)
-def test_machine_code_of_what_layers_run(tokens: int, arch: int) -> None:
-    variant = default_variant(tokens)
-    code = build(variant, tokens, arch=arch)
-    check(code, variant, tokens)
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize(("tokens", "variant"), CUTS, ids=str)
+def test_machine_code_of_what_layers_run(tokens: int, variant: Variant, arch: int) -> None:
+    check(build(variant, tokens, arch=arch), variant, tokens)
 
 
-@pytest.mark.parametrize("variant", [v for v in VARIANTS if v.warps == 4], ids=str)
-def test_machine_code_of_the_variants(variant: Variant) -> None:
-    check(build(variant, 16, dtype="fp16", whole=False), variant, 16)
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v not in dict(CUTS).values()], ids=str)
+def test_machine_code_of_the_other_variants(variant: Variant) -> None:
+    check(build(variant, 32, dtype="fp16", whole=False), variant, 32)
 
 
 def check(code: Any, variant: Variant, tokens: int) -> None:
     """Sparse products, wide loads, nothing in memory that belongs in registers, a thread to every row."""
-    tiles = variant.row_tiles * decode.token_tiles(tokens)
-    products = [name for name in code.opcodes if name.startswith("HMMA.SP.16832.F32")]
-    assert sum(code.opcodes[name] for name in products) == 8 * tiles
-    assert not machine_code.count(code.opcodes, "HMMA", "HGMMA") - 8 * tiles
+    products = 8 * variant.row_tiles * decode.token_tiles(tokens)
+    assert machine_code.count(code.opcodes, "HMMA.SP.16832.F32") == products
+    assert machine_code.count(code.opcodes, "HMMA", "HGMMA") == products
     weights = sum(n for name, n in code.opcodes.items() if re.match(r"LDG\.E\.EF.*\.128", name))
-    assert weights == 8 * variant.row_tiles * (2 if variant.ahead else 1)
+    assert weights == 8 * variant.row_tiles
     positions_and_x = sum(n for name, n in code.opcodes.items() if re.match(r"LDG\.E(?!\.EF).*\.128", name))
-    x_loads = 8 * decode.token_tiles(tokens) if variant.wide else 0
-    assert positions_and_x == x_loads + variant.row_tiles * (2 if variant.ahead else 1)
+    assert positions_and_x == variant.row_tiles + (8 * decode.token_tiles(tokens) if variant.wide else 0)
     assert code.spills == 0 and code.registers <= 255
     (loop,) = [body for body in code.loops if machine_code.count(body, "HMMA")]
     assert not machine_code.count(loop, "BAR", "STS", "LDS"), "no barrier and no shared memory inside the loop"
+    order = re.findall(r"\b(LDG\.E|HMMA\.SP)", code.sass)
+    assert order.index("HMMA.SP") >= 8 * variant.row_tiles + 8, "all weights are under way before the first product"
     layouts = dict(re.findall(r"#(\w+) = #ttg.blocked<(.*?)>", code.ttgir))
     used = set(re.findall(r"elementwise_inline_asm.*->\s*tensor<[^,>]*, #(\w+)>", code.ttgir))
     assert used
     for name in used:
         assert "threadsPerWarp = [32, 1]" in layouts[name]
         assert f"warpsPerCTA = [{variant.warps}, 1]" in layouts[name]
+
+
+def test_cuts_are_for_all_numbers_of_tokens() -> None:
+    assert [tokens for tokens, *_ in decode.CUTS] == sorted({tokens for tokens, *_ in decode.CUTS})
+    for tokens in range(1, decode.ROWS + 1):
+        for row_tiles in (1, decode.LARGE - 1, decode.LARGE, 10_000):
+            variant = default_variant(tokens, row_tiles)
+            limit, few, large = next(cut for cut in decode.CUTS if tokens <= cut[0])
+            assert variant == (few if row_tiles < decode.LARGE else large) and tokens <= limit
 
 
 def test_a_device_without_the_instruction_is_not_asked() -> None:

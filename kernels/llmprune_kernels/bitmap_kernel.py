@@ -37,7 +37,7 @@ PART = 256  # inputs
 LANES = 32
 WORD = 4  # marks of a lane in half a part; inputs of a lane that are read at once
 TOKENS = 8  # up to which the kernel runs
-MOST_VALUES = 2**31 - 1
+MOST_VALUES = 2**31 - 512  # a lane looks up to a part further
 
 
 def warps(quads: int) -> int:

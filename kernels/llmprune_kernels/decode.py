@@ -30,36 +30,46 @@ class Variant:
     """How the work is cut.
 
     Attributes:
-        warps: of one program; they share its columns.
-        row_tiles: tiles of 16 rows of the weight that one program takes; they share the loads of x.
+        warps: of one program; they share its rows and its inputs.
+        row_warps: warps that read the same inputs, for other rows.
+        row_tiles: tiles of 16 rows of the weight that one warp takes; they share the loads of x.
         wide: lanes load 16 bytes of x and exchange words, instead of four words that lie apart.
-        ahead: the weights of the next block are loaded before this one is multiplied.
     """
 
     warps: int
+    row_warps: int
     row_tiles: int
     wide: bool
-    ahead: bool
 
     def __str__(self) -> str:
         words = "wide" if self.wide else "narrow"
-        return f"{self.warps}w {self.row_tiles}r {words}{' ahead' if self.ahead else ''}"
+        return f"{self.warps} warps, {self.row_warps} x {self.row_tiles} row tiles, {words}"
 
 
-VARIANTS = tuple(
-    Variant(warps, row_tiles, wide, ahead)
-    for warps in (4, 8, 16)
-    for row_tiles in (1, 2)
-    for wide in (False, True)
-    for ahead in (False, True)
+VARIANTS = (
+    *(Variant(warps, row_warps, 1, wide=True) for warps in (8, 16) for row_warps in (1, 2, 4)),
+    *(Variant(warps, 1, 1, wide=False) for warps in (4, 8)),
+    Variant(4, 1, 1, wide=True),
+    *(Variant(8, row_warps, 2, wide=True) for row_warps in (1, 2, 4)),
 )
+"""What is worth timing on a GPU."""
+
+LARGE = 480  # tiles of rows: then two programs of two times as many rows still fill each of some 132 multiprocessors
+CUTS = (
+    (1, Variant(8, 1, 1, wide=False), Variant(8, 1, 1, wide=False)),
+    (8, Variant(8, 1, 1, wide=True), Variant(8, 2, 1, wide=True)),
+    (16, Variant(16, 2, 1, wide=True), Variant(8, 2, 1, wide=True)),
+    (32, Variant(16, 2, 1, wide=True), Variant(16, 4, 1, wide=True)),
+    (ROWS, Variant(8, 2, 2, wide=True), Variant(8, 2, 2, wide=True)),
+)
+"""Up to so many tokens, the cut for a weight of few rows and the one for a LARGE weight: from counting instructions and
+bytes, see kernels/README.md; `kernels/bench.py --tune` times them."""
 
 
-def default_variant(tokens: int) -> Variant:
-    """The cut for so many tokens, from counting instructions: see kernels/README.md."""
-    if tokens == 1:
-        return Variant(8, 1, wide=False, ahead=False)
-    return Variant(8, 1 if tokens <= 4 * TOKEN_TILE else 2, wide=True, ahead=tokens <= 4 * TOKEN_TILE)
+def default_variant(tokens: int, row_tiles: int) -> Variant:
+    """The cut for up to ROWS tokens and a weight of so many tiles of 16 rows."""
+    _, few, large = next(cut for cut in CUTS if tokens <= cut[0])
+    return large if row_tiles >= LARGE else few
 
 
 def token_tiles(tokens: int) -> int:
@@ -71,7 +81,7 @@ def multiply(x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, out_feat
     """x [tokens, in] times W^T plus bias, in x's dtype."""
     if x.shape[0] > ROWS:
         return F.linear(x, expand(tensors)[:out_features, : x.shape[1]], bias)
-    return multiply_variant(x, tensors, bias, out_features, default_variant(x.shape[0]))
+    return multiply_variant(x, tensors, bias, out_features, default_variant(x.shape[0], tensors[0].shape[0]))
 
 
 def multiply_variant(
@@ -97,7 +107,8 @@ def launch(x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, out: Tenso
     tokens, row_tiles, blocks = x.shape[0], fragments.shape[0], fragments.shape[1]
     if tokens == 0 or row_tiles == 0:
         return
-    grid = (-(-tokens // (token_tiles(tokens) * TOKEN_TILE)), -(-row_tiles // variant.row_tiles))
+    own_tiles = variant.row_tiles * variant.row_warps
+    grid = (-(-tokens // (token_tiles(tokens) * TOKEN_TILE)), -(-row_tiles // own_tiles))
     decode_kernel[grid](
         fragments.view(torch.int32),
         metadata,
@@ -111,6 +122,7 @@ def launch(x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, out: Tenso
         words.shape[1],
         words.stride(0),
         out.stride(0),
+        0,
         **constants(variant, tokens, x.dtype, x.shape[1] == blocks * BLOCK_COLUMNS, bias is not None),
         num_warps=variant.warps,
         num_stages=1,
@@ -123,10 +135,10 @@ def constants(variant: Variant, tokens: int, dtype: torch.dtype, whole: bool, bi
 
     return {
         "WARPS": variant.warps,
+        "ROW_WARPS": variant.row_warps,
         "ROW_TILES": variant.row_tiles,
         "TOKEN_TILES": token_tiles(tokens),
         "WIDE": variant.wide,
-        "AHEAD": variant.ahead,
         "WHOLE": whole,
         "BIAS": bias,
         "ASSEMBLY": assembly(PTX_NAMES[dtype]),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import subprocess
 from typing import Any
 
 import torch
@@ -34,3 +37,14 @@ def check_operands(kernel: Any, layout: str, x: Tensor, values: Tensor) -> None:
         raise ValueError(
             f"layout {layout!r} runs on a GPU, or on a CPU where TRITON_INTERPRET=1 is set: take the canonical layout"
         )
+
+
+def trouble() -> tuple[type[Exception], ...]:
+    """What a kernel that cannot be built or run raises: CUDA's, torch's and Triton's errors, and those of tools and
+    functions that are not there or take other arguments."""
+    errors: tuple[type[Exception], ...] = (
+        RuntimeError, ValueError, TypeError, AttributeError, ImportError, OSError, subprocess.CalledProcessError,
+    )  # fmt: skip
+    if importlib.util.find_spec("triton") is None:
+        return errors
+    return (*errors, importlib.import_module("triton.errors").TritonError)

@@ -29,7 +29,8 @@ def nm_linear(x: Tensor, weight: list[Tensor], bias: Tensor | None, out_features
         RuntimeError: in a backward pass.
     """
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    with torch.cuda.device_of(rows):  # Triton launches on the current device; in a model on several it may be another
+    # Triton launches on the current device; in a model on several it may be another. Autocast has been heeded before.
+    with torch.cuda.device_of(rows), torch.autocast(x.device.type, enabled=False):
         y = LAYOUTS[layout].multiply(rows, weight, bias, out_features)
     return y.view(*x.shape[:-1], out_features)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from llmprune_kernels.benchmark.contestants import Contestant
 from llmprune_kernels.benchmark.roof import FEW_ROWS, Roof, weight_bytes
 from llmprune_kernels.benchmark.shapes import Layer
 from llmprune_kernels.benchmark.timing import GRAPH_BYTES, Recorder, Run, copies, rounds
+from llmprune_kernels.launch import trouble
 
 REPEATS = 20
 WORST = 4  # units in the last place, of the larger of an output and the outputs' root mean square
@@ -75,14 +75,6 @@ class Refusal:
     rows: int
     kernel: str
     reason: str
-
-
-def trouble() -> tuple[type[Exception], ...]:
-    """What a kernel that does not run raises: CUDA's and torch's errors, a missing function of theirs, Triton's."""
-    errors: tuple[type[Exception], ...] = (RuntimeError, ValueError, AttributeError)
-    if importlib.util.find_spec("triton") is None:
-        return errors
-    return (*errors, importlib.import_module("triton.errors").TritonError)
 
 
 def half_of(weight: Tensor, form: str) -> Tensor:

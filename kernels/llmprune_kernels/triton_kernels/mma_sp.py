@@ -7,12 +7,15 @@ A tensor [..., 32 * WARPS, 4] whose row is the thread and whose columns are that
 tries it out on the device before anything relies on it.
 """
 
+import functools
+
 import triton
 import triton.language as tl
 
 TILES = tl.constexpr(8)
 
 
+@functools.cache
 def assembly(dtype: str) -> str:
     """Eight chained mma.sp: one block of 256 inputs for 16 rows and 8 tokens, for "bf16" or "f16".
 
@@ -63,7 +66,7 @@ def weights_of(fragments, metadata, first, row_tiles, block, blocks, ROW_TILES: 
     own = lane * 4 + tl.arange(0, 4)[None, :]
     found = ()
     for r in tl.static_range(ROW_TILES):
-        here = block < tl.where(first + r < row_tiles, blocks, 0)
+        here = (block < blocks) & (first + r < row_tiles)
         at = (first + r).to(tl.int64) * blocks + block
         w = fragments + at * 1024 + own
         tiles = ()
@@ -74,32 +77,40 @@ def weights_of(fragments, metadata, first, row_tiles, block, blocks, ROW_TILES: 
 
 
 @triton.jit
-def inputs_of(
-    x, token, tokens, x_stride, block, blocks, words, TOKEN_TILES: tl.constexpr, WIDE: tl.constexpr, WHOLE: tl.constexpr
-):
-    """For each tile of eight tokens: x for eight tiles of one block."""
+def inputs_of(x, token, tokens, x_stride, block, blocks, words, WIDE: tl.constexpr, WHOLE: tl.constexpr):
+    """x for eight tiles of one block, of each lane's token."""
     part = tl.arange(0, token.shape[0])[:, None] % 4
     # Where a lane's words begin within a tile; consecutive if the lanes exchange words, else every other one.
     word = block * 128 + (4 * part if WIDE else 8 * (part // 2) + part % 2)
     own = word + (1 if WIDE else 2) * tl.arange(0, 4)[None, :]
-    found = ()
-    for t in tl.static_range(TOKEN_TILES):
-        there = (block < blocks) & (token + 8 * t < tokens)
-        v = x + (token + 8 * t).to(tl.int64) * x_stride + own
-        tiles = ()
-        for tile in tl.static_range(TILES):
-            mask = there if WHOLE else there & (word + tile * 16 < words)
-            four = tl.load(v + tile * 16, mask=mask, other=0)
-            if WIDE:
-                four = tl.inline_asm_elementwise(
-                    EXCHANGE, EXCHANGE_CONSTRAINTS, [four], dtype=tl.int32, is_pure=True, pack=4
-                )
-            tiles = tiles + (four,)
-        found = found + (tiles,)
-    return found
+    last = word if WIDE else own  # of four consecutive words all are in x or none
+    there = (block < blocks) & (token < tokens)
+    v = x + token.to(tl.int64) * x_stride + own
+    tiles = ()
+    for tile in tl.static_range(TILES):
+        mask = there if WHOLE else there & (last + tile * 16 < words)
+        tiles = tiles + (tl.load(v + tile * 16, mask=mask, other=0),)
+    return tiles
 
 
 @triton.jit
+def bits_of(tiles):
+    """The bits that are set in any of eight tensors: it takes all eight to know."""
+    return ((tiles[0] | tiles[1]) | (tiles[2] | tiles[3])) | ((tiles[4] | tiles[5]) | (tiles[6] | tiles[7]))
+
+
+@triton.jit
+def exchanged(tiles, gate):
+    """Eight tiles of x as the product takes them, from lanes that hold 16 consecutive bytes each."""
+    found = ()
+    for tile in tl.static_range(TILES):
+        four = tiles[tile] | gate if tile == 0 else tiles[tile]
+        four = tl.inline_asm_elementwise(EXCHANGE, EXCHANGE_CONSTRAINTS, [four], dtype=tl.int32, is_pure=True, pack=4)
+        found = found + (four,)
+    return found
+
+
+@triton.jit(do_not_specialize=["tokens", "zero"])
 def decode_kernel(
     fragments,
     metadata,
@@ -113,73 +124,79 @@ def decode_kernel(
     words,
     x_stride,
     out_stride,
+    zero,
     WARPS: tl.constexpr,
+    ROW_WARPS: tl.constexpr,
     ROW_TILES: tl.constexpr,
     TOKEN_TILES: tl.constexpr,
     WIDE: tl.constexpr,
-    AHEAD: tl.constexpr,
     WHOLE: tl.constexpr,
     BIAS: tl.constexpr,
     ASSEMBLY: tl.constexpr,
 ):
-    """out [tokens, out_features] = x W^T + bias for 16 * ROW_TILES rows of W and 8 * TOKEN_TILES tokens.
+    """out [tokens, out_features] = x W^T + bias for 16 * ROW_TILES * ROW_WARPS rows of W and 8 * TOKEN_TILES tokens.
 
-    The warps take turns with the blocks of 256 inputs and add up their sums at the end: no barrier in the loop, no
-    atomics, always in the same order.
+    ROW_WARPS warps read the same inputs for other rows, and find them in the L1. The others take turns with the blocks
+    of 256 inputs and add up their sums at the end: no barrier in the loop, no atomics, always in the same order.
 
     Args:
         fragments: int32 [row_tiles, blocks, 8, 32, 4].
         metadata: int32 [row_tiles, blocks, 32, 4].
         x: int32 [tokens, words], two 16-bit inputs each; x_stride in words, a multiple of 4.
         bias: [out_features], read if BIAS.
-        AHEAD: load the weights of the next block before this one is multiplied.
+        zero: 0, which the compiler must not know.
+        WIDE: lanes load 16 bytes of x and exchange words.
         WHOLE: x has 256 inputs for every block.
     """
     THREADS: tl.constexpr = 32 * WARPS
+    TURNS: tl.constexpr = WARPS // ROW_WARPS
     # Programs with the same weights follow each other, so that all but the first find them in the L2.
     first_token = tl.program_id(0) * (8 * TOKEN_TILES)
-    first = tl.program_id(1) * ROW_TILES
+    base = tl.program_id(1) * (ROW_TILES * ROW_WARPS)
     thread = tl.arange(0, THREADS)[:, None]
-    warp = thread // 32
+    first = base + thread // 32 % ROW_WARPS * ROW_TILES
+    turn = thread // 32 // ROW_WARPS
     token = first_token + thread % 32 // 4
     sums = ()
     for _ in tl.static_range(ROW_TILES * TOKEN_TILES):
         sums = sums + (tl.zeros((THREADS, 4), tl.float32),)
-    weights = weights_of(fragments, metadata, first, row_tiles, warp, blocks, ROW_TILES, THREADS)
-    for start in range(0, blocks, WARPS):
-        block = start + warp
-        if not AHEAD:
-            weights = weights_of(fragments, metadata, first, row_tiles, block, blocks, ROW_TILES, THREADS)
-        inputs = inputs_of(x, token, tokens, x_stride, block, blocks, words, TOKEN_TILES, WIDE, WHOLE)
-        if AHEAD:
-            later = weights_of(fragments, metadata, first, row_tiles, block + WARPS, blocks, ROW_TILES, THREADS)
+    for start in range(0, blocks, TURNS):
+        block = start + turn
+        weights = weights_of(fragments, metadata, first, row_tiles, block, blocks, ROW_TILES, THREADS)
+        # Left alone, the compiler moves each load next to its product, and one at a time is under way. So the first
+        # word of x that is exchanged is made to depend on all that is loaded.
+        bits = bits_of(weights[0][0])
+        for r in tl.static_range(1, ROW_TILES):
+            bits = bits | bits_of(weights[r][0])
         added = ()
-        for r in tl.static_range(ROW_TILES):
-            a = weights[r][0]
-            for t in tl.static_range(TOKEN_TILES):
-                b = inputs[t]
+        for t in tl.static_range(TOKEN_TILES):
+            b = inputs_of(x, token + 8 * t, tokens, x_stride, block, blocks, words, WIDE, WHOLE)
+            if WIDE:
+                bits = bits | bits_of(b)
+                b = exchanged(b, bits & zero)
+            for r in tl.static_range(ROW_TILES):
+                a = weights[r][0]
                 total = tl.inline_asm_elementwise(
                     ASSEMBLY,
                     CONSTRAINTS,
                     [a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7]]
                     + [b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]]
-                    + [sums[r * TOKEN_TILES + t], weights[r][1]],
+                    + [sums[t * ROW_TILES + r], weights[r][1]],
                     dtype=tl.float32,
                     is_pure=True,
                     pack=4,
                 )
                 added = added + (total,)
         sums = added
-        if AHEAD:
-            weights = later
     # Register 2u + v of lane 4g + t holds row g + 8u, token 2t + v.
-    place = tl.arange(0, 128)
+    place = tl.arange(0, 128)[None, :]
+    row_warp = tl.arange(0, ROW_WARPS)[:, None]
     for r in tl.static_range(ROW_TILES):
-        row = (first + r) * 16 + place // 16 + 8 * (place % 4 // 2)
+        row = (base + row_warp * ROW_TILES + r) * 16 + place // 16 + 8 * (place % 4 // 2)
         if BIAS:
             offset = tl.load(bias + row, mask=row < out_features, other=0.0).to(tl.float32)
         for t in tl.static_range(TOKEN_TILES):
-            total = tl.sum(tl.reshape(sums[r * TOKEN_TILES + t], (WARPS, 128)), 0)
+            total = tl.sum(tl.reshape(sums[t * ROW_TILES + r], (TURNS, ROW_WARPS, 128)), 0)
             if BIAS:
                 total += offset
             column = first_token + 8 * t + place // 4 % 4 * 2 + place % 2

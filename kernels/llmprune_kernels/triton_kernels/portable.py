@@ -53,7 +53,7 @@ def linear24(
     code_rows = codes + n[:, None].to(tl.int64) * (blocks * GROUPS)
     value_rows = values + n[:, None].to(tl.int64) * groups
     x_rows = x + m[None, :].to(tl.int64) * width
-    plane = rows.to(tl.int64) * width
+    plane = tl.cast(rows, tl.int64) * width
     total = tl.zeros((OUTPUTS, ROWS), tl.float32)
     per_split = tl.cdiv(blocks, SPLIT)
     for block in range(split * per_split, min((split + 1) * per_split, blocks)):
