@@ -17,7 +17,8 @@ NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 MANY = 1024  # quads of rows: 4096 outputs
 
 
-def build_portable(rows: int, dtype: torch.dtype, arch: int) -> MachineCode:
+def build_portable(rows: int, dtype: torch.dtype, arch: int, ones: tuple[str, ...] = ()) -> MachineCode:
+    """`ones`: sizes that are 1, which a launch makes a constant."""
     from llmprune_kernels.triton_kernels.portable import linear24
 
     cut = portable.tiles(rows, dtype)
@@ -29,7 +30,7 @@ def build_portable(rows: int, dtype: torch.dtype, arch: int) -> MachineCode:
         "bias": number,
         "out": "*fp32",
     }
-    sizes = dict.fromkeys(("rows", "outputs", "groups", "width", "blocks"), "i32")
+    sizes = {size: "i32" for size in ("rows", "outputs", "groups", "width", "blocks") if size not in ones}
     constants = {
         "DTYPE": triton_dtype(dtype),
         "HAS_BIAS": True,
@@ -39,12 +40,15 @@ def build_portable(rows: int, dtype: torch.dtype, arch: int) -> MachineCode:
         "GROUPS": portable.GROUPS,
         "SPLIT": 4,
         "UNROLL": cut.unroll,
+        **dict.fromkeys(ones, 1),
     }
-    aligned = [*tensors, "outputs", "groups", "width"]  # 4096 x 4096
+    aligned = [*tensors, *(size for size in ("outputs", "groups", "width") if size in sizes)]  # 4096 x 4096
     return build(linear24, {**tensors, **sizes}, constants, aligned, cut.warps, arch, portable.STAGES)
 
 
-def build_bitmap(rows: int, dtype: torch.dtype, arch: int, quads: int = MANY) -> MachineCode:
+def build_bitmap(
+    rows: int, dtype: torch.dtype, arch: int, quads: int = MANY, ones: tuple[str, ...] = ()
+) -> MachineCode:
     from llmprune_kernels.triton_kernels.bitmap import linear_bitmap
 
     number = f"*{NAMES[dtype]}"
@@ -55,10 +59,11 @@ def build_bitmap(rows: int, dtype: torch.dtype, arch: int, quads: int = MANY) ->
         "bias": number,
         "out": number,
     }
-    sizes = dict.fromkeys(("rows", "outputs", "parts", "width"), "i32")
+    sizes = {size: "i32" for size in ("rows", "outputs", "parts", "width") if size not in ones}
     warps = bitmap_kernel.warps(quads)
     constants = {"DTYPE": triton_dtype(dtype), "HAS_BIAS": True, "TOKENS": rows, "WARPS": warps}
-    return build(linear_bitmap, {**tensors, **sizes}, constants, [*tensors, "outputs", "width"], warps, arch, 1)
+    aligned = [*tensors, *(size for size in ("outputs", "width") if size in sizes)]
+    return build(linear_bitmap, {**tensors, **sizes}, constants | dict.fromkeys(ones, 1), aligned, warps, arch, 1)
 
 
 def inner(code: MachineCode) -> dict[str, int]:
@@ -68,6 +73,11 @@ def inner(code: MachineCode) -> dict[str, int]:
 @pytest.fixture(scope="module", params=[80, 90, 100])
 def one_token(request: pytest.FixtureRequest) -> MachineCode:
     return build_bitmap(1, torch.bfloat16, request.param)
+
+
+def test_sizes_of_one_are_constants_to_a_launch() -> None:
+    assert not build_portable(1, torch.float32, 90, ("rows", "outputs", "groups", "blocks")).spills
+    assert not build_bitmap(1, torch.bfloat16, 90, 1, ("rows", "outputs", "parts", "width")).spills
 
 
 def test_portable_few_rows() -> None:

@@ -65,17 +65,20 @@ def test_the_self_test_knows_right_from_wrong(errors: dict[str, float]) -> None:
     assert errors["[0]"] == len(decode.CUTS)
 
 
-def build(variant: Variant, tokens: int, dtype: str = "bf16", whole: bool = True, arch: int = 90) -> Any:
+def build(
+    variant: Variant, tokens: int, dtype: str = "bf16", whole: bool = True, arch: int = 90, ones: tuple[str, ...] = ()
+) -> Any:
+    """`ones`: sizes that are 1, which a launch makes a constant."""
     from llmprune_kernels.triton_kernels.mma_sp import decode_kernel
 
     number = {"bf16": "*bf16", "fp16": "*fp16"}[dtype]
-    signature = {"fragments": "*i32", "metadata": "*i32", "x": "*i32", "bias": number, "out": number}
-    signature |= dict.fromkeys(
-        ["tokens", "out_features", "row_tiles", "blocks", "words", "x_stride", "out_stride", "zero"], "i32"
-    )
+    tensors = {"fragments": "*i32", "metadata": "*i32", "x": "*i32", "bias": number, "out": number}
+    names = ("tokens", "out_features", "row_tiles", "blocks", "words", "x_stride", "out_stride", "zero")
+    sizes = {name: "i32" for name in names if name not in ones}
     constants = decode.constants(variant, tokens, {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype], whole, True)
-    aligned = ["fragments", "metadata", "x", "bias", "out", "out_features", "words", "x_stride", "out_stride"]
-    return machine_code.build(decode_kernel, signature, constants, aligned, variant.warps, arch, num_stages=1)
+    aligned = [*tensors, *(name for name in ("out_features", "words", "x_stride", "out_stride") if name in sizes)]
+    constants |= dict.fromkeys(ones, 1)
+    return machine_code.build(decode_kernel, {**tensors, **sizes}, constants, aligned, variant.warps, arch, 1)
 
 
 CUTS = [(tokens, variant) for tokens, *both in decode.CUTS for variant in dict.fromkeys(both)]
@@ -121,6 +124,11 @@ def test_cuts_are_for_all_numbers_of_tokens() -> None:
             variant = default_variant(tokens, row_tiles)
             limit, few, large = next(cut for cut in decode.CUTS if tokens <= cut[0])
             assert variant == (few if row_tiles < decode.LARGE else large) and tokens <= limit
+
+
+def test_sizes_of_one_are_constants_to_a_launch() -> None:
+    code = build(default_variant(1, 1), 1, whole=False, ones=("out_features", "row_tiles", "blocks", "out_stride"))
+    assert not code.spills
 
 
 def test_a_device_without_the_instruction_is_not_asked() -> None:
