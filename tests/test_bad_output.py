@@ -202,14 +202,16 @@ def test_a_full_disk_leaves_no_new_folder(
     assert not list(tmp_path.iterdir())
 
 
-def interrupt(process: subprocess.Popen[str], ready: Callable[[], bool]) -> tuple[str, str]:
+def interrupt(
+    process: subprocess.Popen[str], ready: Callable[[], bool], number: signal.Signals = signal.SIGINT
+) -> tuple[str, str]:
     """Ctrl-C, as a terminal sends it, once the process is where it is wanted; what it has said since."""
     deadline = time.monotonic() + PATIENCE
     while not ready():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, number)
     return process.communicate(timeout=PATIENCE)
 
 
@@ -232,6 +234,14 @@ def test_ctrl_c_while_saving(run: list[str], good: Path, tmp_path: Path) -> None
     assert process.returncode == 130
     assert out == ""
     assert "".join(line for line in err.splitlines(True) if not line.startswith("model.layers.")) == INTERRUPTED
+    assert tree(tmp_path) == before
+
+
+def test_a_scheduler_that_ends_it_finds_nothing_left(run: list[str], good: Path, tmp_path: Path) -> None:
+    before = tree(tmp_path)
+    process = start(*run, "-o", good, "--overwrite")
+    interrupt(process, lambda: any(tmp_path.glob(".good.*building/model.safetensors")), signal.SIGTERM)
+    assert process.returncode == 128 + signal.SIGTERM
     assert tree(tmp_path) == before
 
 

@@ -13,6 +13,8 @@ from corpus import strict_json, write_every_format
 from llmprune_eval.result import RESULT, SCHEMA, Part, Result
 
 from llmprune import PruneConfig, checkpoint, prune
+from llmprune.pages.candidates import Candidate
+from llmprune.pages.comparison import compare
 
 Ok = Callable[..., str]
 Refused = Callable[..., str]
@@ -256,3 +258,14 @@ def test_a_pruned_model_of_its_base_s_name_is_told_from_it(dense: Path, data: Pa
     assert {one["name"]: one["dense"] for one in facts["models"]} == {str(dense): True, "dense": False}
     (held_out,) = by_heading(facts, "perplexity")
     assert values(held_out).keys() == {str(dense), "dense"}
+
+
+def test_beside_another_model_than_the_dense_one_that_model_is_named() -> None:
+    manifest = {"saved": {"dense_bytes": 10}, "model_parameters": 5}
+    for against, stands in (("/models/base", "dense"), ("/models/pruned", "pruned")):
+        parts = (perplexity(9.0, against), speed(90.0, against=against))
+        one = Candidate("packed", "/models/packed", "/models/base", parts, manifest)
+        headings = {column.figure: column.heading for column in compare([one]).columns}
+        assert headings["kl"] == f"KL to {stands}, val.jsonl"
+        assert headings["top1_agreement"] == f"same top token as {stands}, val.jsonl"
+        assert headings["speedup"] == f"speed relative to {stands}, prefill"

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from types import FrameType
+from typing import NoReturn
 
 import typer
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -30,6 +33,7 @@ def run(app: typer.Typer, words: Sequence[str], module: str) -> None:
     """Call a command of `python -m module`, and exit. Bad input ends with one line on stderr and exit code 2."""
     debug = "--debug" in words
     _configure_logging(debug)
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         with all_ranks(module), logging_redirect_tqdm():
             code = app(args=list(words), standalone_mode=False)
@@ -49,6 +53,11 @@ def run(app: typer.Typer, words: Sequence[str], module: str) -> None:
         if is_first():
             typer.echo(f"{module}: interrupted; nothing half-written is left", err=True)
         sys.exit(INTERRUPTED)
+
+
+def _terminated(number: int, frame: FrameType | None) -> NoReturn:
+    """End as with Ctrl-C: what is half-written is removed on the way out. Schedulers and containers send SIGTERM."""
+    sys.exit(128 + number)
 
 
 def _fail(message: str, module: str, debug: bool) -> None:

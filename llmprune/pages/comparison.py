@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from llmprune_eval.result import KINDS, Part
@@ -105,7 +106,7 @@ def compare(candidates: Sequence[Candidate]) -> Comparison:
         raise InputError(_nothing_common(candidates))
     mean = _mean_accuracy(ordered)
     ordered = sorted([*ordered, *([mean] if mean else [])], key=_order)
-    _name(ordered)
+    _name(ordered, rows)
     return Comparison(rows, ordered)
 
 
@@ -187,16 +188,22 @@ def _mean_accuracy(columns: Sequence[Column]) -> Column | None:
     return mean
 
 
-def _name(columns: Sequence[Column]) -> None:
+def _name(columns: Sequence[Column], rows: Sequence[Candidate]) -> None:
     """Give every column a heading: the settings in which it differs from those of the same name are part of it."""
     for column in columns:
         twins = [c for c in columns if (c.kind, c.name, c.figure) == (column.kind, column.name, column.figure)]
         keys = [key for key in dict.fromkeys(k for c in twins for k in c.protocol) if len(
             {json.dumps(c.protocol.get(key), sort_keys=True, default=str) for c in twins}) > 1]  # fmt: skip
         told = [words(key, column.protocol.get(key)) for key in keys]
-        column.heading = ", ".join([_subject(column), *(text for text in told if len(text) < 30)])
+        column.heading = ", ".join([_subject(column, rows), *(text for text in told if len(text) < 30)])
 
 
-def _subject(column: Column) -> str:
+def _subject(column: Column, rows: Sequence[Candidate]) -> str:
+    """What was measured; beside another model than the dense one, that model stands in its place."""
     short = column.name.rsplit("/", 1)[-1] if column.kind == "perplexity" else column.name
-    return f"{column.style.label}, {short}" if column.kind != "generation" else column.style.label
+    text = f"{column.style.label}, {short}" if column.kind != "generation" else column.style.label
+    against = column.protocol.get("against")
+    name = against.get("name") if isinstance(against, dict) else against
+    if isinstance(name, str) and not any(row.dense and same_model(row.model, name) for row in rows):
+        return text.replace("dense", Path(name).name)
+    return text
