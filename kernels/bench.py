@@ -117,7 +117,7 @@ def whole_model(
     """Decoding with a Llama of 8B parameters."""
     torch.manual_seed(0)
     model = end_to_end.build(end_to_end.LLAMA_3_8B, device, getattr(torch, options.dtype))
-    name = f"Llama-3-8B, {end_to_end.LENGTH} tokens of cache, decoding"
+    name = f"Llama-3-8B, q/k/v and gate/up fused, {end_to_end.LENGTH} tokens of cache, decoding"
     yield from end_to_end.compare(model, name, "decode", (1, 16), machine.record)
 
 

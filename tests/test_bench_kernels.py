@@ -304,7 +304,7 @@ def test_a_whole_model_decodes_packed_as_it_did_dense(model: Any, monkeypatch: p
         ("cuBLAS", 1), ("values", 1), ("cuBLAS", 3), ("values", 3),
     ]  # fmt: skip
     assert all(isinstance(r, dict) and r["tokens_per_second"] > 0 and r.keys() <= set(rows.COLUMNS) for r in found)
-    assert not end_to_end.linears(model)  # all 14 are packed
+    assert not end_to_end.linears(model)  # all 8 are packed
 
 
 def test_a_whole_model_that_decodes_otherwise_gets_no_figure(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,7 +312,7 @@ def test_a_whole_model_that_decodes_otherwise_gets_no_figure(model: Any, monkeyp
     pack = end_to_end.pack
 
     def spoil(model: Any, name: str) -> None:
-        model.model.layers[0].mlp.up_proj.weight.data.mul_(3)
+        model.model.layers[0].mlp.down_proj.weight.data.mul_(3)
         pack(model, name)
 
     monkeypatch.setattr(end_to_end, "pack", spoil)
