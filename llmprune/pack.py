@@ -32,7 +32,7 @@ from llmprune.checkpoint import (
     logits_of,
     proof_tokens,
 )
-from llmprune.errors import InputError
+from llmprune.errors import InputError, memory_ran_out
 from llmprune.explain import explain
 from llmprune.manifest import read_manifest
 from llmprune.packed_files import copy_others, write_config, write_dense, write_packed
@@ -184,16 +184,20 @@ def _prove_logits(folder: Path, building: Path, trust_remote_code: bool) -> dict
     """Open the packed model, then the dense one if there is memory for it, and compare what they compute on the CPU.
 
     Raises:
-        InputError: the model does not run with packed layers.
-        RuntimeError: it computes something else.
+        InputError: the model does not run with packed layers, or computes something else.
     """
     packed = load_model(str(building), "auto", trust_remote_code)
-    tokens, dtype = proof_tokens(packed), packed.dtype
+    tokens, dtype, name = proof_tokens(packed), packed.dtype, type(packed).__name__
     try:
         logits = logits_of(packed, tokens)
-    except AttributeError as error:  # such as a look at a layer's weight
+    except InputError:
+        raise
+    except (AttributeError, ValueError, RuntimeError, TypeError) as error:  # such as a look at a layer's weight
+        if memory_ran_out(error):
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise InputError(
-            f"{type(packed).__name__} does not run with packed layers ({error}): it stays dense"
+            f"{name} does not run with packed layers ({reason}): keep it dense; nothing was written"
         ) from error
     del packed
     needed, there = round(ROOM * _size(folder)), psutil.virtual_memory().available
@@ -201,7 +205,12 @@ def _prove_logits(folder: Path, building: Path, trust_remote_code: bool) -> dict
         why = f"the dense model needs {needed / 1e9:.1f} GB, {there / 1e9:.1f} are free"
         return {"logits": f"finite on {PROOF_TOKENS} tokens, and not compared: {why}"}
     own = logits_of(load_model(str(folder), "auto", trust_remote_code), tokens)
-    difference = difference_of_logits(own, logits, dtype)
+    try:
+        difference = difference_of_logits(own, logits, dtype)
+    except RuntimeError as error:
+        raise InputError(
+            f"{name} computes otherwise with packed layers ({error}): keep it dense; nothing was written"
+        ) from error
     return {"logits_relative_difference": difference, "tokens": PROOF_TOKENS}
 
 
