@@ -134,8 +134,8 @@ def choose(model: PreTrainedModel, weights: Weights, kind: str) -> Choice:
     for name, transposed in tqdm(candidates.items(), desc="looking", disable=None, leave=False):
         key = keys.get(name)
         if key is None or weights.headers[key].dtype not in FLOATING:
-            reason = "stored under another name" if key is None else f"stored as {weights.headers[key].dtype}"
-            dense = {name.removesuffix(".weight"): reason, **dense}
+            stored = "stored under another name" if key is None else f"stored as {weights.headers[key].dtype}"
+            dense = {name.removesuffix(".weight"): stored, **dense}
             continue
         if weights.headers[key].shape != tuple(model.get_parameter(name).shape):
             raise InputError(
