@@ -17,8 +17,8 @@ import torch
 from llmprune_eval.loading import empty_model, is_packed, load_config, load_model
 from llmprune_eval.result import MANIFEST
 from llmprune_kernels import FormatError
-from llmprune_kernels.checkpoint_format import METHOD, VERSION, check_files, known_as
-from llmprune_kernels.huggingface import PackedConfig, packed_tensors, put_packed_layers
+from llmprune_kernels.checkpoint_format import METHOD, VERSION, check_files
+from llmprune_kernels.huggingface import PackedConfig, expected_tensors, put_packed_layers
 from llmprune_kernels.inventory import packed_layers
 from llmprune_kernels.linear import MODULES
 from tqdm import tqdm
@@ -128,11 +128,11 @@ def unpack(
     with Weights(folder) as weights:
         try:
             put_packed_layers(model, PackedConfig(**config.quantization_config))
-            tensors = packed_tensors(model)
-            check_files([folder / name for name in weight_files(folder)], tensors, model.base_model_prefix)
+            expected = expected_tensors(model)
+            check_files([folder / name for name in weight_files(folder)], expected)
         except FormatError as error:
             raise InputError(f"{folder}: {error}") from error
-        keys = {known_as(key, model.base_model_prefix, tensors) or key: key for key in weights.headers}
+        keys = expected.keys(weights.headers)
         layers = dict(packed_layers(model))
         dense = sum(one.in_features * one.out_features * one.dtype.itemsize for one in layers.values())
         check_target(output, overwrite, str(folder), _size(folder) + dense)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 import torch
 from families import FAMILIES
 from llmprune_kernels import FormatError, SparseLinear24, SparseLinearBitmap
-from llmprune_kernels.huggingface import PackedConfig, put_packed_layers, register
+from llmprune_kernels.huggingface import PackedConfig, expected_tensors, put_packed_layers, register
 from llmprune_kernels.inventory import count_weights, packed_layers
 from packed_folders import WEIGHTS, entries, make_24_, pair_up_, state, tensors
 from tiny import make_llama
@@ -31,6 +32,7 @@ from llmprune.pack import pack, unpack
 Refused = Callable[..., str]
 LINEAR = frozenset("q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split())
 UP = "model.layers.1.mlp.up_proj"
+GUARD = "model.layers.0.mlp.down_proj.weight"
 TOKENS = torch.randint(0, 97, (2, 11), generator=torch.Generator().manual_seed(3))
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -323,6 +325,13 @@ TAMPERED: dict[str, tuple[Callable[[Path], None], str]] = {
     "no values": (tensors(lambda t: t.pop(f"{UP}.values")), f"lack {UP}.values"),
     "no positions": (tensors(lambda t: t.pop(f"{UP}.positions")), f"lack {UP}.positions"),
     "no norm": (tensors(lambda t: t.pop("model.norm.weight")), "model.norm.weight"),
+    "no embedding": (tensors(lambda t: t.pop("model.embed_tokens.weight")), "lack model.embed_tokens.weight"),
+    "a norm of another shape": (
+        tensors(lambda t: t.update({"model.norm.weight": torch.ones(5)})), r"model.norm.weight has shape \[5\] in"),
+    "no guard": (tensors(lambda t: t.pop(GUARD)), f"lack {GUARD}, the empty mark"),
+    "a guard with weights": (tensors(lambda t: t.update({GUARD: torch.ones(67, 32)})), f"{GUARD} dense beside its"),
+    "a dense weight beside the packed": (
+        tensors(lambda t: t.update({f"{UP}.weight": torch.ones(67, 32)})), f"hold {UP}.weight dense beside its"),
     "values of another shape": (
         tensors(lambda t: t.update({f"{UP}.values": t[f"{UP}.values"][:3].clone()})), r"values has shape \[3, 16\] in"),
     "positions as numbers": (
@@ -344,10 +353,11 @@ def test_a_tampered_folder_is_one_clear_error(what: str, packed: Path, tmp_path:
     assert len(str(error.value).splitlines()) == 1
     # The command line finds some of it by itself, before transformers does.
     assert str(tmp_path / "bad") in refused("inspect", folder)
-    if what != "no norm":  # which is plainly copied
-        with pytest.raises(InputError):
-            unpack(folder, tmp_path / "out")
-        assert [path.name for path in tmp_path.iterdir()] == ["bad"]
+    if what != "a position that is none":  # which no header tells
+        assert re.search(message, refused("unpack", folder, "-o", "out"))
+    with pytest.raises(InputError):
+        unpack(folder, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["bad"]
 
 
 def test_marks_that_are_not_as_many_as_the_values(tmp_path: Path) -> None:
@@ -370,6 +380,28 @@ def test_a_model_spread_over_disk_and_memory(zeros: Path, packed: Path, tmp_path
         spread.save_pretrained(tmp_path / "saved")
     before, after = state(packed), state(tmp_path / "saved")
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize("lost", ["model.norm.weight", "model.layers.2.input_layernorm.weight", "lm_head.weight"])
+def test_a_lost_tensor_is_refused_on_any_device_map(lost: str, packed: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(packed, tmp_path / "bad"))
+    tensors(lambda t: t.pop(lost))(folder)
+    places: dict[str, str] = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    places |= {f"model.layers.{i}": "disk" if i == 0 else "cpu" for i in range(3)}
+    with pytest.raises(FormatError, match=f"the files lack {lost}"):
+        opened(folder, device_map=places, offload_folder=tmp_path / "offloaded")
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "deepseek_v3", "gpt_neox", "gpt2", "gemma4"])
+def test_what_is_asked_of_the_files(name: str, tmp_path: Path) -> None:
+    """All that a family saves, but for what transformers converts: a norm is always asked for."""
+    model = FAMILIES[name].build()
+    model.save_pretrained(tmp_path)
+    expected, saved = expected_tensors(model), state(tmp_path)
+    assert set(expected.others) <= saved.keys() and not expected.packed
+    assert any("norm" in key or "ln_" in key for key in expected.others)
+    assert {key for key in saved if "norm" in key or "attn" in key} <= set(expected.others)
+    assert not any(".experts." in key for key in expected.others if name in ("mixtral", "qwen3_moe", "deepseek_v3"))
 
 
 @pytest.mark.gpu

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -23,7 +24,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from llmprune_kernels.checkpoint_format import METHOD, PACK_AGAIN, check_entries, check_files, guard, known_as
+from llmprune_kernels.checkpoint_format import METHOD, PACK_AGAIN, Expected, check_entries, check_files, guard, known_as
 from llmprune_kernels.format import FormatError
 from llmprune_kernels.inventory import packed_layers
 from llmprune_kernels.linear import MODULES
@@ -76,7 +77,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
         model._keys_to_ignore_on_load_unexpected = {*known, _every_form(_guard(model), model.base_model_prefix)}
         files: Sequence[str] | None = options.get("checkpoint_files")
         if files:
-            check_files(files, packed_tensors(model), model.base_model_prefix)
+            check_files(files, expected_tensors(model))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **options: Any) -> PreTrainedModel:
         _check_all_loaded(model)
@@ -150,14 +151,27 @@ def is_plain_linear(module: nn.Module) -> bool:
     return type(module) in (nn.Linear, Conv1D)
 
 
-def packed_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The canonical tensors of all packed layers by their full names; biases are no part of them."""
-    return {
-        f"{name}.{part}": tensor
-        for name, layer in packed_layers(model)
-        for part, tensor in layer.state_dict().items()
-        if part in layer.NAMES
+def expected_tensors(model: PreTrainedModel) -> Expected:
+    """What the files of this model, whose layers are packed, must hold."""
+    names = {f"{name}.{part}" for name, layer in packed_layers(model) for part in layer.NAMES}
+    state = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
+    tied = model.all_tied_weights_keys
+    optional = [*(model._keys_to_ignore_on_load_missing or ()), *_converted(model)]
+    others = {
+        name: tensor
+        for name, tensor in state.items()
+        if name not in names and name not in tied and not any(re.search(pattern, name) for pattern in optional)
     }
+    return Expected({name: state[name] for name in sorted(names)}, others, tied, model.base_model_prefix)
+
+
+def _converted(model: PreTrainedModel) -> list[str]:
+    """Patterns of the names that transformers may make of other names while it loads, such as experts from single ones.
+
+    A target holds text, places for groups (\\1) and for numbers (*).
+    """
+    targets = [target for one in get_model_conversion_mapping(model) for target in one.target_patterns]
+    return [".*".join(map(re.escape, re.split(r"\\\d+|\*", target.strip("^$")))) for target in targets]
 
 
 def _guard(model: nn.Module) -> str:
