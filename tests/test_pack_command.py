@@ -154,6 +154,14 @@ def test_what_cannot_be_packed(dense: Path, tmp_path: Path, refused: Refused) ->
     assert "exists: choose another folder" in refused("pack", dense, "-o", "there")
 
 
+def test_an_output_inside_the_input(zeros: Path, tmp_path: Path, ok: Ok, refused: Refused) -> None:
+    ok("pack", zeros, "-o", "packed")
+    before = tree(tmp_path)
+    assert "new/one lies inside the input model" in refused("pack", zeros, "-o", zeros / "new" / "one")
+    assert "new lies inside the input model packed" in refused("unpack", "packed", "-o", "packed/new")
+    assert tree(tmp_path) == before
+
+
 @pytest.mark.parametrize("what", ["quantised", "without weights", "with truncated weights", "as a pickle",
                                   "without a shard", "with a config that is no JSON"])  # fmt: skip
 def test_a_spoiled_folder(what: str, dense: Path, tmp_path: Path, refused: Refused) -> None:
