@@ -73,6 +73,8 @@ def _check_replaceable(target: Path, whole: Path, overwrite: bool, source: str |
         origin = Path(source).resolve()
         if whole == origin or whole in origin.parents:
             raise InputError(f"output {target} is or contains the input model {source}: choose another folder")
+        if origin in whole.parents:
+            raise InputError(f"output {target} lies inside the input model {source}: choose another folder")
     if target.exists():
         if not target.is_dir():
             raise InputError(f"output {target} is a file: give a folder that does not exist yet")

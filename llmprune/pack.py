@@ -17,8 +17,8 @@ import torch
 from llmprune_eval.loading import empty_model, is_packed, load_config, load_model
 from llmprune_eval.result import MANIFEST
 from llmprune_kernels import FormatError
-from llmprune_kernels.checkpoint_format import METHOD, VERSION, check_files, known_as
-from llmprune_kernels.huggingface import PackedConfig, packed_tensors, put_packed_layers
+from llmprune_kernels.checkpoint_format import METHOD, VERSION, check_files
+from llmprune_kernels.huggingface import PackedConfig, expected_tensors, put_packed_layers
 from llmprune_kernels.inventory import packed_layers
 from llmprune_kernels.linear import MODULES
 from tqdm import tqdm
@@ -32,7 +32,7 @@ from llmprune.checkpoint import (
     logits_of,
     proof_tokens,
 )
-from llmprune.errors import InputError
+from llmprune.errors import InputError, memory_ran_out
 from llmprune.explain import explain
 from llmprune.manifest import read_manifest
 from llmprune.packed_files import copy_others, write_config, write_dense, write_packed
@@ -128,11 +128,11 @@ def unpack(
     with Weights(folder) as weights:
         try:
             put_packed_layers(model, PackedConfig(**config.quantization_config))
-            tensors = packed_tensors(model)
-            check_files([folder / name for name in weight_files(folder)], tensors, model.base_model_prefix)
+            expected = expected_tensors(model)
+            check_files([folder / name for name in weight_files(folder)], expected)
         except FormatError as error:
             raise InputError(f"{folder}: {error}") from error
-        keys = {known_as(key, model.base_model_prefix, tensors) or key: key for key in weights.headers}
+        keys = expected.keys(weights.headers)
         layers = dict(packed_layers(model))
         dense = sum(one.in_features * one.out_features * one.dtype.itemsize for one in layers.values())
         check_target(output, overwrite, str(folder), _size(folder) + dense)
@@ -184,16 +184,20 @@ def _prove_logits(folder: Path, building: Path, trust_remote_code: bool) -> dict
     """Open the packed model, then the dense one if there is memory for it, and compare what they compute on the CPU.
 
     Raises:
-        InputError: the model does not run with packed layers.
-        RuntimeError: it computes something else.
+        InputError: the model does not run with packed layers, or computes something else.
     """
     packed = load_model(str(building), "auto", trust_remote_code)
-    tokens, dtype = proof_tokens(packed), packed.dtype
+    tokens, dtype, name = proof_tokens(packed), packed.dtype, type(packed).__name__
     try:
         logits = logits_of(packed, tokens)
-    except AttributeError as error:  # such as a look at a layer's weight
+    except InputError:
+        raise
+    except (AttributeError, ValueError, RuntimeError, TypeError) as error:  # such as a look at a layer's weight
+        if memory_ran_out(error):
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise InputError(
-            f"{type(packed).__name__} does not run with packed layers ({error}): it stays dense"
+            f"{name} does not run with packed layers ({reason}): keep it dense; nothing was written"
         ) from error
     del packed
     needed, there = round(ROOM * _size(folder)), psutil.virtual_memory().available
@@ -201,7 +205,12 @@ def _prove_logits(folder: Path, building: Path, trust_remote_code: bool) -> dict
         why = f"the dense model needs {needed / 1e9:.1f} GB, {there / 1e9:.1f} are free"
         return {"logits": f"finite on {PROOF_TOKENS} tokens, and not compared: {why}"}
     own = logits_of(load_model(str(folder), "auto", trust_remote_code), tokens)
-    difference = difference_of_logits(own, logits, dtype)
+    try:
+        difference = difference_of_logits(own, logits, dtype)
+    except RuntimeError as error:
+        raise InputError(
+            f"{name} computes otherwise with packed layers ({error}): keep it dense; nothing was written"
+        ) from error
     return {"logits_relative_difference": difference, "tokens": PROOF_TOKENS}
 
 

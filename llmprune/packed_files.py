@@ -60,8 +60,9 @@ def write_dense(
     """
     unpacked = {keys[f"{name}.values"]: name for name in layers}
     spent = {keys[f"{name}.{part}"] for name, layer in layers.items() for part in layer.NAMES}
+    spent |= {keys[f"{name}.weight"] for name in layers if f"{name}.weight" in keys}  # the guard
     sources = {key: key for key in weights.headers if key not in spent}
-    sources |= {key.removesuffix("values") + "weight": key for key in unpacked}  # one in the place of the guard
+    sources |= {key.removesuffix("values") + "weight": key for key in unpacked}
     headers = {
         name: _dense_header(layers[unpacked[key]], weights.headers[key].dtype, unpacked[key] in transposed)
         if key in unpacked else weights.headers[key]

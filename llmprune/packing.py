@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llmprune_kernels.bitmap import BITS
 from llmprune_kernels.checkpoint_format import FLOATING, guard, known_as
+from llmprune_kernels.huggingface import is_plain_linear
 from llmprune_kernels.linear import MODULES
 from llmprune_kernels.pack24 import packed_shapes, violation24
 from torch import Tensor, nn
@@ -133,7 +134,8 @@ def choose(model: PreTrainedModel, weights: Weights, kind: str) -> Choice:
     for name, transposed in tqdm(candidates.items(), desc="looking", disable=None, leave=False):
         key = keys.get(name)
         if key is None or weights.headers[key].dtype not in FLOATING:
-            dense[name] = "stored under another name" if key is None else f"stored as {weights.headers[key].dtype}"
+            stored = "stored under another name" if key is None else f"stored as {weights.headers[key].dtype}"
+            dense = {name.removesuffix(".weight"): stored, **dense}
             continue
         if weights.headers[key].shape != tuple(model.get_parameter(name).shape):
             raise InputError(
@@ -144,10 +146,10 @@ def choose(model: PreTrainedModel, weights: Weights, kind: str) -> Choice:
     if kind == "auto":
         kind = "2:4" if any(one.why_dense("2:4") is None for one in matrices) else "bitmap"
         if all(one.why_dense(kind) is not None for one in matrices):
-            raise InputError(_nothing(matrices))
+            raise InputError(f"nothing can be packed: {_nothing(matrices, dense, '2:4')}")
     packed = [one for one in matrices if one.why_dense(kind) is None]
     if not packed:
-        raise InputError(f"no weight can be packed as {kind}: {_first(matrices, kind)}; {PRUNE}")
+        raise InputError(f"no weight can be packed as {kind}: {_nothing(matrices, dense, kind)}")
     dense |= {one.name: reason for one in matrices if (reason := one.why_dense(kind)) is not None}
     blocks = find_blocks(model)
     return Choice(kind, packed, dense, sum(p.numel() for _, block in blocks for p in block.parameters()))
@@ -164,13 +166,19 @@ def _linears(model: PreTrainedModel) -> tuple[dict[str, bool], dict[str, str]]:
                 if not is_matrix(key, parameter):
                     continue
                 name = ".".join(part for part in (prefix, path, key) if part)
-                linear = isinstance(owner, (nn.Linear, Conv1D)) and key == "weight"
-                reason = why_not(owner, parameter, routers) or (None if linear else "no linear layer")
+                reason = why_not(owner, parameter, routers) or _why_not_packed(owner, key)
                 if reason is None:
                     linears[name] = isinstance(owner, Conv1D)
                 else:
                     others[name.removesuffix(".weight")] = reason
     return linears, others
+
+
+def _why_not_packed(owner: nn.Module, key: str) -> str | None:
+    """Why a matrix cannot be packed whatever its zeros, or None."""
+    if not isinstance(owner, (nn.Linear, Conv1D)) or key != "weight":
+        return "no linear layer"
+    return None if is_plain_linear(owner) else f"{type(owner).__name__} computes in its own way"
 
 
 def _look(name: str, key: str, transposed: bool, weights: Weights) -> Matrix:
@@ -180,15 +188,10 @@ def _look(name: str, key: str, transposed: bool, weights: Weights) -> Matrix:
     return Matrix(name, key, transposed, weights.headers[key], zeros, violation24(oriented))
 
 
-def _nothing(matrices: Sequence[Matrix]) -> str:
-    """That there is nothing to pack, with what was found."""
-    weights = sum(one.shape[0] * one.shape[1] for one in matrices)
-    share = sum(one.zeros for one in matrices) / max(weights, 1)
-    return f"nothing can be packed: {_first(matrices, '2:4')}, and {share:.2%} of the weights are zeros; {PRUNE}"
-
-
-def _first(matrices: Sequence[Matrix], kind: str) -> str:
-    """Why the first matrix stays dense."""
+def _nothing(matrices: Sequence[Matrix], others: Mapping[str, str], kind: str) -> str:
+    """Why the first matrix stays dense, and what to do about it where pruning helps."""
     if not matrices:
-        return "the decoder has no linear layers with weights of their own"
-    return f"{matrices[0].name}: {matrices[0].why_dense(kind)}"
+        first = next((f"{name}: {reason}" for name, reason in others.items()), "the decoder has no matrices")
+        return f"{first}; pruning does not change that" if others else first
+    share = sum(one.zeros for one in matrices) / max(sum(one.shape[0] * one.shape[1] for one in matrices), 1)
+    return f"{matrices[0].name}: {matrices[0].why_dense(kind)}, and {share:.2%} of the weights are zeros; {PRUNE}"

@@ -141,6 +141,10 @@ SPOILED: dict[str, tuple[Change, str]] = {
     "without config": (_delete("config.json"), "has no config.json: give a folder"),
     "with a config that is no JSON": (_write("config.json", '{"model_type": '), "cannot be opened .*JSON"),
     "with a config that is a list": (_write("config.json", "[1]"), "cannot be opened .*config.json"),
+    "with a quantization_config that is a word": (
+        _config(quantization_config="llmprune"), "quantization_config is 'llmprune', not a table"),
+    "with a quantization_config that is a list": (
+        _config(quantization_config=["llmprune"]), r"quantization_config is \['llmprune'\], not a table"),
     "of unknown type": (_config(model_type="nonesuch"), "cannot be opened .*nonesuch"),
     "whose code would have to run": (
         _config(model_type="nonesuch", auto_map={"AutoConfig": "configuration_x.X"}), "cannot be opened .*custom code",

@@ -17,6 +17,7 @@ from families import FAMILIES
 from llmprune_eval import peaks
 from llmprune_eval.loading import load_model
 from llmprune_eval.speed import Load
+from llmprune_kernels.packed_linear import PackedLinear
 from packed_folders import WEIGHTS, make_24_, state, tensors
 from tiny import make_llama
 from transformers import PreTrainedModel
@@ -153,6 +154,14 @@ def test_what_cannot_be_packed(dense: Path, tmp_path: Path, refused: Refused) ->
     assert "exists: choose another folder" in refused("pack", dense, "-o", "there")
 
 
+def test_an_output_inside_the_input(zeros: Path, tmp_path: Path, ok: Ok, refused: Refused) -> None:
+    ok("pack", zeros, "-o", "packed")
+    before = tree(tmp_path)
+    assert "new/one lies inside the input model" in refused("pack", zeros, "-o", zeros / "new" / "one")
+    assert "new lies inside the input model packed" in refused("unpack", "packed", "-o", "packed/new")
+    assert tree(tmp_path) == before
+
+
 @pytest.mark.parametrize("what", ["quantised", "without weights", "with truncated weights", "as a pickle",
                                   "without a shard", "with a config that is no JSON"])  # fmt: skip
 def test_a_spoiled_folder(what: str, dense: Path, tmp_path: Path, refused: Refused) -> None:
@@ -221,6 +230,29 @@ def test_a_disk_that_lies_is_found_out(zeros: Path, tmp_path: Path, monkeypatch:
     assert not (tmp_path / "packed").exists()
 
 
+@pytest.mark.parametrize(("trouble", "message"), [
+    (AttributeError("no 'weight'\nat all"), r"LlamaForCausalLM does not run with packed layers \(no 'weight'\)"),
+    (TypeError("not this"), r"LlamaForCausalLM does not run with packed layers \(not this\)"),
+    (RuntimeError("shapes"), r"LlamaForCausalLM does not run with packed layers \(shapes\)"),
+    (None, "LlamaForCausalLM computes otherwise with packed layers .*differ"),
+])  # fmt: skip
+def test_a_model_that_does_not_take_packed_layers(
+    trouble: Exception | None, message: str, zeros: Path, tmp_path: Path, refused: Refused,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    own = PackedLinear.forward
+
+    def forward(self: PackedLinear, x: torch.Tensor) -> torch.Tensor:
+        if trouble is not None:
+            raise trouble
+        return 2 * own(self, x)
+
+    monkeypatch.setattr(PackedLinear, "forward", forward)
+    said = refused("pack", zeros, "-o", "packed")
+    assert re.search(message, said) and "nothing was written" in said
+    assert not (tmp_path / "packed").exists()
+
+
 def test_without_room_for_the_dense_model_the_logits_are_not_compared(
     zeros: Path, tmp_path: Path, ok: Ok, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -247,3 +279,13 @@ def test_a_model_whose_names_lack_the_prefix(tmp_path: Path) -> None:
     tensors(lambda t: [t.update({key.removeprefix("transformer."): t.pop(key)}) for key in list(t)])(tmp_path / "zeros")
     done = pack(tmp_path / "zeros", tmp_path / "packed")
     assert len(done.modules) == 12 and "h.0.attn.c_attn.values" in state(tmp_path / "packed")
+
+
+def test_weights_under_other_names_are_named_and_no_zeros_are_advised(
+    zeros: Path, tmp_path: Path, refused: Refused
+) -> None:
+    tensors(lambda t: [t.update({f"other.{key}": t.pop(key)}) for key in list(t)])(zeros)
+    for kind in ("auto", "2:4", "bitmap"):
+        said = refused("pack", zeros, "-o", "x", "--format", kind)
+        assert ": stored under another name; pruning does not change that" in said
+        assert "no linear layers" not in said and "% of the weights" not in said and "llmprune prune" not in said

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from llmprune_kernels import FormatError
 from llmprune_kernels.checkpoint_format import METHOD
 from llmprune_kernels.huggingface import register
 from safetensors import SafetensorError, safe_open
@@ -46,10 +47,25 @@ def load_config(name: str, trust_remote_code: bool = False) -> Any:
         raise InputError(f"model '{name}' is a file: give the folder with its config.json and weights")
     if os.path.exists(name) and not Path(name, "config.json").is_file():
         raise InputError(f"{name} has no config.json: give a folder with a Hugging Face checkpoint")
+    _check_entries(name)
     with _opening(name):
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     _check_kind(name, config, trust_remote_code)
     return config
+
+
+def _check_entries(name: str) -> None:
+    """Raise InputError for a quantization_config that transformers cannot read; all else it says itself."""
+    file = Path(name, "config.json")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    entries = config.get("quantization_config") if isinstance(config, dict) else None
+    if entries is not None and not isinstance(entries, dict):
+        raise InputError(
+            f"{file}: quantization_config is {entries!r}, not a table of entries: copy or download the model again"
+        )
 
 
 def load_model(
@@ -214,6 +230,8 @@ def _opening(name: str) -> Iterator[None]:
     """Whatever transformers raises about a checkpoint or its config, as one line."""
     try:
         yield
+    except FormatError as error:  # says what to do
+        raise InputError(f"{name}: {error}") from error
     except (
         OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError, ZeroDivisionError,
         SafetensorError, StrictDataclassError,

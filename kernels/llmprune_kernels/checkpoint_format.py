@@ -11,6 +11,7 @@ One layer's `<name>.weight` is there, and empty: see `guard`.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -69,18 +70,72 @@ def known_as(key: str, prefix: str, names: Collection[str]) -> str | None:
     return next((name for name in candidates if name in names), None)
 
 
-def check_files(files: Sequence[str | Path], expected: Mapping[str, Tensor], prefix: str) -> None:
-    """The files are whole, and hold exactly the packed tensors that the config promises, in their shapes.
+@dataclass(frozen=True)
+class Expected:
+    """What the files of a packed model must hold, by the model's names; the tensors may be on any device.
+
+    Attributes:
+        packed: the packed layers' tensors.
+        others: all others, but for those that transformers converts or can do without.
+        tied: names of tensors that are those of other names, and which; the files hold one of the two.
+        prefix: the base model's.
+    """
+
+    packed: Mapping[str, Tensor]
+    others: Mapping[str, Tensor]
+    tied: Mapping[str, str]
+    prefix: str
+
+    @property
+    def dense(self) -> set[str]:
+        """The packed layers' weights, which the files do not hold, but for the guard."""
+        return {f"{name.rpartition('.')[0]}.weight" for name in self.packed}
+
+    def keys(self, keys: Iterable[str]) -> dict[str, str]:
+        """The files' keys by the model's names, or by themselves where the model has no such name."""
+        names = {*self.packed, *self.others, *self.tied, *self.dense}
+        return {known_as(key, self.prefix, names) or key: key for key in keys}
+
+
+def check_files(files: Sequence[str | Path], expected: Expected) -> None:
+    """The files are whole, and hold all tensors of the model in their shapes, and of packed layers nothing else.
 
     Only headers are read.
-
-    Args:
-        expected: the packed layers' tensors by name, on any device.
-        prefix: the base model's.
 
     Raises:
         FormatError: they do not.
     """
+    headers = _headers(files)
+    found = {name: headers[key] for name, key in expected.keys(headers).items()}
+    found |= {name: found[tied] for tied, name in expected.tied.items() if tied in found and name not in found}
+    _check_there(found, expected.packed)
+    for name, (_, dtype) in found.items():
+        if name in expected.packed and dtype not in (
+            FLOATING if expected.packed[name].is_floating_point() else ("U8",)
+        ):
+            raise FormatError(f"{name} is stored as {dtype}, as packed weights never are: {PACK_AGAIN}")
+    endings = tuple({f".{name}" for kind in MODULES.values() for name in kind.NAMES})
+    for name in found:
+        if name not in expected.packed and name not in expected.others and name.endswith(endings):
+            raise FormatError(f"the files hold {name}, of which the config knows nothing: {PACK_AGAIN}")
+    _check_there(found, expected.others)
+    _check_dense(found, expected.dense)
+
+
+def _check_there(found: Mapping[str, tuple[list[int], str]], expected: Mapping[str, Tensor]) -> None:
+    """Tensors are in the files, in their shapes."""
+    for name, tensor in expected.items():
+        if name not in found:
+            raise FormatError(f"the files lack {name}, which the config promises: copy or download them again")
+        if found[name][0] != list(tensor.shape):
+            raise FormatError(
+                f"{name} has shape {found[name][0]} in the file and {list(tensor.shape)} by the config: they belong to "
+                "different models, or one was changed"
+            )
+
+
+def _headers(files: Sequence[str | Path]) -> dict[str, tuple[list[int], str]]:
+    """Shapes and dtypes of all tensors."""
     found: dict[str, tuple[list[int], str]] = {}
     for file in files:
         if not str(file).endswith(".safetensors"):
@@ -89,22 +144,17 @@ def check_files(files: Sequence[str | Path], expected: Mapping[str, Tensor], pre
             with safe_open(file, framework="pt") as opened:
                 for key in opened.keys():  # noqa: SIM118
                     header = opened.get_slice(key)
-                    found[known_as(key, prefix, expected) or key] = header.get_shape(), header.get_dtype()
+                    found[key] = header.get_shape(), header.get_dtype()
         except (SafetensorError, OSError) as error:
             reason = str(error).strip().splitlines()[0].rstrip(".")
             raise FormatError(f"{file} is truncated or damaged ({reason}): copy or download it again") from error
-    for name, tensor in expected.items():
-        if name not in found:
-            raise FormatError(f"the files lack {name}, which the config promises: copy or download them again")
-        shape, dtype = found[name]
-        if shape != list(tensor.shape):
-            raise FormatError(
-                f"{name} has shape {shape} in the file and {list(tensor.shape)} by the config: they belong to "
-                "different models, or one was changed"
-            )
-        if dtype not in (FLOATING if tensor.is_floating_point() else ("U8",)):
-            raise FormatError(f"{name} is stored as {dtype}, as packed weights never are: {PACK_AGAIN}")
-    endings = {f".{name}" for kind in MODULES.values() for name in kind.NAMES}
-    for name in found:
-        if name not in expected and any(name.endswith(ending) for ending in endings):
-            raise FormatError(f"the files hold {name}, of which the config knows nothing: {PACK_AGAIN}")
+    return found
+
+
+def _check_dense(found: Mapping[str, tuple[list[int], str]], dense: Collection[str]) -> None:
+    """Of the packed layers' dense weights there is the guard, and none holds anything."""
+    for name in dense:
+        if name in found and 0 not in found[name][0]:
+            raise FormatError(f"the files hold {name} dense beside its packed form: {PACK_AGAIN}")
+    if min(dense) not in found:
+        raise FormatError(f"the files lack {min(dense)}, the empty mark of a packed model: copy or download them again")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -23,7 +24,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from llmprune_kernels.checkpoint_format import METHOD, PACK_AGAIN, check_entries, check_files, guard
+from llmprune_kernels.checkpoint_format import METHOD, PACK_AGAIN, Expected, check_entries, check_files, guard, known_as
 from llmprune_kernels.format import FormatError
 from llmprune_kernels.inventory import packed_layers
 from llmprune_kernels.linear import MODULES
@@ -73,10 +74,10 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
         for _, layer in packed_layers(model):
             layer.weight = _passed_over()
         known = model._keys_to_ignore_on_load_unexpected or ()
-        model._keys_to_ignore_on_load_unexpected = {*known, re.escape(guard(self.quantization_config.modules))}
+        model._keys_to_ignore_on_load_unexpected = {*known, _every_form(_guard(model), model.base_model_prefix)}
         files: Sequence[str] | None = options.get("checkpoint_files")
         if files:
-            check_files(files, packed_tensors(model), model.base_model_prefix)
+            check_files(files, expected_tensors(model))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **options: Any) -> PreTrainedModel:
         _check_all_loaded(model)
@@ -93,7 +94,7 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         """What is saved: the canonical tensors, and the guard."""
-        return {**model.state_dict(), guard(self.quantization_config.modules): torch.empty(0, dtype=model.dtype)}, {}
+        return {**model.state_dict(), _guard(model): torch.empty(0, dtype=model.dtype)}, {}
 
     def is_serializable(self) -> bool:
         """A loaded model can be saved."""
@@ -125,11 +126,15 @@ def put_packed_layers(model: PreTrainedModel, config: PackedConfig) -> None:
         FormatError: a name is of no linear layer of this model, or of the output head; or a count is impossible.
     """
     kind = MODULES[config.format]
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
-    for name, stored in config.modules.items():
-        linear = linears.get(name)
-        if linear is None or linear is model.get_output_embeddings():
-            raise FormatError(f"'{name}' is no linear layer of {type(model).__name__} that can be packed: {PACK_AGAIN}")
+    linears = {name: module for name, module in model.named_modules() if is_plain_linear(module)}
+    for key, stored in config.modules.items():
+        name = known_as(key, model.base_model_prefix, linears)
+        linear = linears.get(name or "")
+        if name is None or linear is None or linear is model.get_output_embeddings():
+            raise FormatError(
+                f"'{key}' is no linear layer of {type(model).__name__} that can be packed: {PACK_AGAIN}, or open it "
+                "with AutoModelForCausalLM"
+            )
         shape = linear.weight.shape
         rows, columns = reversed(shape) if isinstance(linear, Conv1D) else shape
         try:
@@ -141,14 +146,42 @@ def put_packed_layers(model: PreTrainedModel, config: PackedConfig) -> None:
         model.set_submodule(name, layer.train(linear.training))
 
 
-def packed_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The canonical tensors of all packed layers by their full names; biases are no part of them."""
-    return {
-        f"{name}.{part}": tensor
-        for name, layer in packed_layers(model)
-        for part, tensor in layer.state_dict().items()
-        if part in layer.NAMES
+def is_plain_linear(module: nn.Module) -> bool:
+    """True for a layer that a packed one can stand for: a subclass may compute in a way of its own."""
+    return type(module) in (nn.Linear, Conv1D)
+
+
+def expected_tensors(model: PreTrainedModel) -> Expected:
+    """What the files of this model, whose layers are packed, must hold."""
+    names = {f"{name}.{part}" for name, layer in packed_layers(model) for part in layer.NAMES}
+    state = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
+    tied = model.all_tied_weights_keys
+    optional = [*(model._keys_to_ignore_on_load_missing or ()), *_converted(model)]
+    others = {
+        name: tensor
+        for name, tensor in state.items()
+        if name not in names and name not in tied and not any(re.search(pattern, name) for pattern in optional)
     }
+    return Expected({name: state[name] for name in sorted(names)}, others, tied, model.base_model_prefix)
+
+
+def _converted(model: PreTrainedModel) -> list[str]:
+    """Patterns of the names that transformers may make of other names while it loads, such as experts from single ones.
+
+    A target holds text, places for groups (\\1) and for numbers (*).
+    """
+    targets = [target for one in get_model_conversion_mapping(model) for target in one.target_patterns]
+    return [".*".join(map(re.escape, re.split(r"\\\d+|\*", target.strip("^$")))) for target in targets]
+
+
+def _guard(model: nn.Module) -> str:
+    """The guard's name in this model, which lacks the base model's prefix where the config has it or the reverse."""
+    return guard(name for name, _ in packed_layers(model))
+
+
+def _every_form(name: str, prefix: str) -> str:
+    """A pattern of all keys that known_as takes for a name."""
+    return rf"^({re.escape(prefix)}\.)*{re.escape(name.removeprefix(f'{prefix}.'))}$"
 
 
 def _passed_over() -> Tensor:
