@@ -70,7 +70,8 @@ def _pruned(report: Report) -> list[str]:
 
 def _gain(report: Report) -> str:
     if report.widths is None:
-        return "the file keeps its size and dense runtimes their speed: pruned weights are stored as zeros"
+        pack = "; `llmprune pack` stores them in fewer bytes" if report.pattern == "2:4" else ""
+        return f"the file keeps its size and dense runtimes their speed: pruned weights are stored as zeros{pack}"
     before, after = report.model_parameters, report.model_parameters - report.pruned
     return f"a smaller plain model: {before:,} parameters before, {after:,} after ({after / before:.1%})"
 

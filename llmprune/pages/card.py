@@ -125,9 +125,12 @@ def _gain(one: Candidate) -> str:
             f"packed as {packed['kind']}: {size(after)} for {size(before)} ({after / before:.4f}). All files: "
             f"{size(packed['files'][1])}, {size(packed['files'][0])} with the zeros stored."
         )
+    use = "for a format or a runtime that uses it" + (
+        ", such as `llmprune pack`" if one.manifest["pattern"] == "2:4" else ""
+    )
     return (
         f"Pruned weights are stored as zeros ({files}): the file does not shrink, and dense runtimes are not faster. "
-        "The sparsity is there for a format or a runtime that uses it."
+        f"The sparsity is there {use}."
     )
 
 
