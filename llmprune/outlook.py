@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
+from llmprune_kernels.huggingface import is_plain_linear
 from llmprune_kernels.pack24 import packed_shapes
 
 from llmprune.config import PruneConfig
@@ -58,7 +59,7 @@ class Outlook:
         removed: share of the decoder's parameters that is pruned.
         exact: False if that is what was asked for, met to within one unit.
         size: bytes of the file.
-        packed: bytes of the file once `llmprune pack` has packed its 2:4 weights.
+        packed: bytes of the file once `llmprune pack` has packed its 2:4 weights; None if it packs none.
         speedup: to expect of decoding, at most, where reading the weights takes the time; 1 is none.
         packed_speedup: a bound of decoding with packed 2:4 weights on a GPU that can, from the bytes it reads.
         widths: what every block keeps, where its units were looked for.
@@ -129,7 +130,10 @@ def outlook(model: PreTrainedModel, config: PruneConfig, pattern: str, *, probe:
     read = plan.model_parameters - _looked_up(model)
     found = Outlook(shown, removed=plan.removed, size=size)
     if isinstance(plan.pattern, NM):
-        saved = sum(_saved(site.shape, item) for block in plan.blocks for site in block.sites if site.index is None)
+        sites = [site for block in plan.blocks for site in block.sites]
+        saved = sum(_saved(one.shape, item) for one in sites if one.index is None and is_plain_linear(one.module))
+        if not saved:
+            return found
         return replace(found, packed=size - saved, packed_speedup=read / (read - saved / item))
     if isinstance(plan.pattern, Uniform):
         gone = round(plan.removed * plan.decoder_parameters)
@@ -142,7 +146,7 @@ def outlook(model: PreTrainedModel, config: PruneConfig, pattern: str, *, probe:
 def _saved(shape: tuple[int, int], item: int) -> int:
     """Bytes that a 2:4 matrix of elements of `item` bytes takes less when it is packed.
 
-    Experts side by side in one parameter are not packed.
+    Experts side by side in one parameter are not packed, nor layers that compute in their own way.
     """
     values, places = packed_shapes(*shape)
     return item * (math.prod(shape) - math.prod(values)) - math.prod(places)

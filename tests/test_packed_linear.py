@@ -350,3 +350,27 @@ def test_a_layout_of_the_other_format_or_none(
             packed.use_layout(name)
     assert packed.layout == kind.CANONICAL
     packed(torch.randn(2, 12))
+
+
+@pytest.mark.parametrize("bias", [torch.zeros(5), torch.zeros(6, 1), torch.zeros(6, dtype=torch.bfloat16)])
+@kinds
+def test_a_bias_that_does_not_fit_is_refused_at_once(kind: type[PackedLinear], bias: Tensor) -> None:
+    with pytest.raises(
+        FormatError, match=r"a bias .* does not go with a weight \[6, 12\] .* give \[6\] of torch.float32"
+    ):
+        kind.from_dense(weight_for(kind, 6, 12), bias)
+
+
+@pytest.mark.parametrize("pack", [pack24, pack_bitmap])
+def test_a_weight_without_numbers_is_refused(pack: Any) -> None:
+    with pytest.raises(FormatError, match=r"\[6, 12\] on the meta device holds no numbers: load it"):
+        pack(torch.empty(6, 12, device="meta"))
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 65])
+def test_the_decode_layout_says_that_it_needs_a_gpu(tokens: int) -> None:
+    pytest.importorskip("triton")
+    layer, _ = pair(SparseLinear24, dtype=torch.bfloat16)
+    layer.use_layout("decode")
+    with pytest.raises(ValueError, match=r"layout 'decode' runs on a GPU, .* take the canonical layout"):
+        layer(torch.ones(tokens, 12, dtype=torch.bfloat16))

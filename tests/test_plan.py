@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from llmprune import PruneConfig, prune
 from llmprune.advice import Advice, make_advice
+from llmprune.advice_text import advice_text
 from llmprune.outlook import BEST_UNITS, BEST_ZEROS, PROBED, Machine, Needs
 from llmprune.structured import layout
 
@@ -193,6 +194,15 @@ def test_experts_are_known_to_stay_without_running_a_block(monkeypatch: pytest.M
     pairs = advice.patterns[1]
     attention = 3 * (2 * 32 * 32 + 2 * 32 * 16)  # of float32: 16 bytes of four weights become 8, and one half of place
     assert pairs.packed == pairs.size - attention * (4 - 2 - 1 / 8)
+
+
+def test_layers_that_are_never_packed_promise_no_smaller_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmprune.advice.PROBED", 0)
+    own, plain = advise(FAMILIES["falcon"].build(ffn_hidden_size=64)), advise(make_llama())
+    pairs = own.patterns[1]
+    assert not pairs.problem and pairs.removed > 0.4 and pairs.packed is None and pairs.packed_speedup is None
+    assert not any("`llmprune pack`" in one.why for one in own.recommendations)
+    assert "(packed" in advice_text(plain) and "(packed" not in advice_text(own)
 
 
 @pytest.mark.usefixtures("unproved")

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmprune_kernels.fragments import BLOCK_COLUMNS, TILE_ROWS, TILES, from_fragments, to_fragments
+from llmprune_kernels.launch import check_operands
 from llmprune_kernels.layout import Layout
 from llmprune_kernels.pack24 import Packed24
 
@@ -78,8 +79,15 @@ def token_tiles(tokens: int) -> int:
 
 
 def multiply(x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, out_features: int) -> Tensor:
-    """x [tokens, in] times W^T plus bias, in x's dtype."""
+    """x [tokens, in] times W^T plus bias, in x's dtype.
+
+    Raises:
+        ValueError: x does not go with the weight, or is where the kernels cannot run.
+    """
+    from llmprune_kernels.triton_kernels.mma_sp import expand_kernel
+
     if x.shape[0] > ROWS:
+        check_operands(expand_kernel, "decode", x, tensors[0])
         return F.linear(x, expand(tensors)[:out_features, : x.shape[1]], bias)
     return multiply_variant(x, tensors, bias, out_features, default_variant(x.shape[0], tensors[0].shape[0]))
 
@@ -98,10 +106,15 @@ def multiply_variant(
 
 
 def launch(x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, out: Tensor, variant: Variant) -> None:
-    """Write x W^T + bias to `out` [tokens, out_features], which may be of another floating-point dtype than x."""
+    """Write x W^T + bias to `out` [tokens, out_features], which may be of another floating-point dtype than x.
+
+    Raises:
+        ValueError: x does not go with the weight, or is where the kernel cannot run.
+    """
     from llmprune_kernels.triton_kernels.mma_sp import decode_kernel
 
     fragments, metadata = tensors
+    check_operands(decode_kernel, "decode", x, fragments)
     x = _aligned(x)
     words = x.view(torch.int32)
     tokens, row_tiles, blocks = x.shape[0], fragments.shape[0], fragments.shape[1]

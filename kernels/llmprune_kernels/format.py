@@ -25,6 +25,8 @@ def check_matrix(weight: Tensor) -> None:
     if weight.dim() != 2 or weight.dtype not in DTYPES:
         given = f"{list(weight.shape)} of {weight.dtype}"
         raise FormatError(f"a weight {given} cannot be packed: give [out, in] of 16, 32 or 64 bit floats")
+    if weight.is_meta:
+        raise FormatError(f"a weight {list(weight.shape)} on the meta device holds no numbers: load it before packing")
 
 
 def violation(weight: Tensor, n: int, m: int) -> tuple[int, int] | None:

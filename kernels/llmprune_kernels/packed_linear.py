@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from llmprune_kernels.defaults import default_layout
+from llmprune_kernels.format import FormatError, check_matrix
 from llmprune_kernels.layouts import LAYOUTS
 from llmprune_kernels.op import nm_linear
 
@@ -47,8 +48,14 @@ class PackedLinear(nn.Module, ABC):
         """Pack a weight [out, in].
 
         Raises:
-            FormatError: it does not fit the format.
+            FormatError: it does not fit the format, or the bias does not fit the weight.
         """
+        check_matrix(weight)
+        if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != weight.dtype):
+            raise FormatError(
+                f"a bias {list(bias.shape)} of {bias.dtype} does not go with a weight {list(weight.shape)} of "
+                f"{weight.dtype}: give [{weight.shape[0]}] of {weight.dtype}"
+            )
         packed = cls._pack(weight)
         return cls(weight.shape[1], weight.shape[0], tuple(getattr(packed, name) for name in cls.NAMES), bias)
 
