@@ -30,7 +30,11 @@ class Silence(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def silently(step: Callable[[], None]) -> Callable[[], None]:
+def silently(step: Callable[[], None], rewind: Callable[[], None]) -> Callable[[], None]:
+    for _ in range(3):
+        step()
+        rewind()
+
     def replay() -> None:
         with Silence():
             step()
@@ -45,6 +49,13 @@ def test_recorded_steps_write_what_plain_ones_write(name: str) -> None:
     tokens = torch.randint(0, model.config.get_text_config().vocab_size - 1, (2, 9))
     found = [token.clone() for token in islice(captured(model, tokens, NEW, silently), NEW + 1)]
     assert torch.cat(found, 1).equal(torch.cat(list(islice(greedy(model, tokens), NEW + 1)), 1))
+
+
+@torch.no_grad()
+def test_the_last_positions_of_a_model_can_be_timed() -> None:
+    model = FAMILIES["gpt2"].build()
+    tokens = torch.randint(0, 60, (1, model.config.max_position_embeddings - 1))
+    assert len(list(islice(captured(model, tokens, 1, silently), 2))) == 2
 
 
 @pytest.mark.parametrize("name", WINDOWS)

@@ -159,6 +159,9 @@ def test_resident_memory_is_that_of_a_process_of_its_own(tmp_path: Path) -> None
 def test_the_other_model_on_the_accelerator_does_not_count(
     llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    cleared: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: cleared.append(True), raising=False)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 10_000_000)  # both models
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: peak.clear())
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 10_000_000 + max(peak))
@@ -166,6 +169,7 @@ def test_the_other_model_on_the_accelerator_does_not_count(
     llama.register_forward_pre_hook(lambda *given: peak.append(700 if peak else 500))
     weights = 4 * sum(tensor.numel() for tensor in (*llama.parameters(), *llama.buffers()))
     assert peaks.allocated_peaks(llama, LOAD) == {"prefill": weights + 500, "decode": weights + 700}
+    assert len(cleared) == 2  # what one model has left behind would be in the next one's figures, or not
 
 
 def test_a_process_that_the_system_ends(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ fewer bytes is no faster. In a graph the time of a step is the GPU's own.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 
 WARM_UP = 2
 _NO_GRAPH = "its decoding cannot be timed in a CUDA graph; pass --no-graph to launch each step from Python"
-Record = Callable[[Callable[[], None]], Callable[[], None]]
+Action = Callable[[], None]
+Record = Callable[[Action, Action], Action]
 
 
 def captured(model: PreTrainedModel, tokens: Tensor, new_tokens: int, record: Record | None = None) -> Iterator[Tensor]:
@@ -30,7 +32,7 @@ def captured(model: PreTrainedModel, tokens: Tensor, new_tokens: int, record: Re
 
     Args:
         tokens: ids [batch, prompt].
-        record: step -> what repeats it; None captures it in a CUDA graph.
+        record: (step, rewind) -> what repeats the step, with everything rewound; None captures it in a CUDA graph.
 
     Raises:
         InputError: the step cannot be captured.
@@ -38,12 +40,11 @@ def captured(model: PreTrainedModel, tokens: Tensor, new_tokens: int, record: Re
     from transformers.cache_utils import StaticCache, StaticLayer
 
     batch, prompt = tokens.shape
-    cache = StaticCache(config=model.config, max_cache_len=prompt + max(new_tokens, WARM_UP + 1))
+    cache = StaticCache(config=model.config, max_cache_len=prompt + new_tokens)
     layers = [layer for layer in cache.layers if type(layer) is StaticLayer]
     if len(layers) < len(cache.layers):  # a graph does not repeat what they count in Python, nor forget what they mixed
         raise InputError(f"{type(model).__name__} keeps sliding windows or recurrent states: {_NO_GRAPH}")
-    output = model(input_ids=tokens, past_key_values=cache, use_cache=True)
-    first = output.logits[:, -1:].argmax(-1)
+    first = model(input_ids=tokens, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
     token, position = first.clone(), torch.full((batch, 1), prompt, device=tokens.device)
 
     def step() -> None:
@@ -57,29 +58,39 @@ def captured(model: PreTrainedModel, tokens: Tensor, new_tokens: int, record: Re
         for layer in layers:
             layer.cumulative_length.fill_(prompt)
 
-    for _ in range(WARM_UP):
-        step()
-    replay = (record or _graph)(step)
-    rewind()
+    replay = (record or _graph)(step, rewind)
     yield token
     while True:
         replay()
         yield token
 
 
-def _graph(step: Callable[[], None]) -> Callable[[], None]:
-    """The step in a CUDA graph of the current device; it must have run before."""
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # libraries make their workspaces for the stream of the capture
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
+def _graph(step: Action, rewind: Action) -> Action:
+    """The step in a CUDA graph of the current device."""
+    graph, own, before = torch.cuda.CUDAGraph(), _stream(torch.cuda.current_device()), torch.cuda.current_stream()
+    own.wait_stream(before)
+    with torch.cuda.stream(own):  # libraries make their workspaces for the stream of the capture
+        for _ in range(WARM_UP):
+            rewind()
+            step()
+        rewind()
+    before.wait_stream(own)
     try:
-        with torch.cuda.graph(graph, stream=stream):
+        with torch.cuda.graph(graph, stream=own):
             step()
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        reason = str(error).partition("\n")[0]
+        reason = str(error.__context__ or error).partition("\n")[0]
         raise InputError(f"a step of this model cannot be captured ({reason}): {_NO_GRAPH}") from error
+    finally:
+        torch.cuda.set_stream(before)  # which a capture that fails leaves behind
+    graph.replay()  # the first launch also carries the graph to the device
+    rewind()
     return graph.replay
+
+
+@functools.cache
+def _stream(device: int) -> torch.cuda.Stream:
+    """One for all captures on a device: cuBLAS keeps a workspace for each stream that it has ever seen."""
+    return torch.cuda.Stream(device)

@@ -76,6 +76,8 @@ def allocated_peaks(model: PreTrainedModel, load: Load) -> Peaks:
     own = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     peaks = {}
     for name, action in ACTIONS.items():
+        torch.cuda.synchronize(model.device)
+        torch._C._cuda_clearCublasWorkspaces()  # of earlier work, also the other model's: this makes its own
         before = torch.cuda.memory_allocated(model.device)
         torch.cuda.reset_peak_memory_stats(model.device)
         action(model, load)

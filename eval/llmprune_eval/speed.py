@@ -91,11 +91,12 @@ def decode(model: PreTrainedModel, load: Load, clock: Clock = time.perf_counter)
     """
     tokens = load.tokens(model)
     steps = captured(model, tokens, load.new_tokens) if load.graph else greedy(model, tokens)
-    next(steps)
-    start = _now(model, clock)
-    for _ in range(load.new_tokens):
+    with torch.cuda.device_of(tokens):
         next(steps)
-    return _now(model, clock) - start
+        start = _now(model, clock)
+        for _ in range(load.new_tokens):
+            next(steps)
+        return _now(model, clock) - start
 
 
 ACTIONS = {"prefill": prefill, "decode": decode}

@@ -55,11 +55,11 @@ VARIANTS = (
 )
 """What is worth timing on a GPU."""
 
-LARGE = 480  # tiles of rows: then two programs of two times as many rows still fill each of some 132 multiprocessors
+LARGE = 480  # tiles of rows: then programs of two to four of them still fill each of some 132 multiprocessors
 CUTS = (
     (1, Variant(8, 1, 1, wide=False), Variant(8, 1, 1, wide=False)),
     (8, Variant(8, 1, 1, wide=True), Variant(8, 2, 1, wide=True)),
-    (16, Variant(16, 2, 1, wide=True), Variant(8, 2, 1, wide=True)),
+    (16, Variant(16, 2, 1, wide=True), Variant(16, 4, 1, wide=True)),
     (32, Variant(16, 2, 1, wide=True), Variant(16, 4, 1, wide=True)),
     (ROWS, Variant(8, 2, 2, wide=True), Variant(8, 2, 2, wide=True)),
 )

@@ -160,21 +160,30 @@ def cuda_microseconds(device: torch.device, call: Callable[[], object], repeats:
     calls = 4
     with torch.cuda.device(device):
         cold = torch.empty(3 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.uint8, device=device)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
+        stream, before = _stream(torch.cuda.current_device()), torch.cuda.current_stream()
+        stream.wait_stream(before)
         with torch.cuda.stream(stream):
             for _ in range(3):
                 call()
         torch.cuda.synchronize()
         graphs = [torch.cuda.CUDAGraph() for _ in range(2)]
         nothing: Callable[[], object] = int
-        for graph, also in zip(graphs, (call, nothing), strict=True):
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                for _ in range(calls):
-                    cold.zero_()
-                    also()
+        try:
+            for graph, also in zip(graphs, (call, nothing), strict=True):
+                with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                    for _ in range(calls):
+                        cold.zero_()
+                        also()
+        finally:
+            torch.cuda.set_stream(before)  # which a capture that fails leaves behind
         with_call, without = (_replayed(graph, repeats) for graph in graphs)
     return 1e3 * max(0.0, with_call - without) / calls
+
+
+@functools.cache
+def _stream(device: int) -> torch.cuda.Stream:
+    """One for all captures on a device: cuBLAS keeps a workspace for each stream that it has ever seen."""
+    return torch.cuda.Stream(device)
 
 
 def _replayed(graph: torch.cuda.CUDAGraph, repeats: int) -> float:

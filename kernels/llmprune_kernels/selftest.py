@@ -29,7 +29,7 @@ def mma_sp_works(device: torch.device, dtype: torch.dtype) -> bool:
     """True if layers on `device` may use layout "decode" for weights of `dtype`.
 
     A device that has a sparse tensor core and fails is said once in a process, as a warning. The first time on a device
-    compiles some ten kernels, which takes seconds.
+    compiles some dozen kernels, which takes seconds.
 
     Raises:
         RuntimeError: a CUDA graph is being captured, in which nothing can be tried.
@@ -66,14 +66,15 @@ def _warn(index: int, what: str) -> None:
 def wrong_tokens(device: torch.device, dtype: torch.dtype) -> list[int]:
     """The numbers of tokens for which a product of integers is not exact; 0 if expanding the weight is not."""
     wrong = set()
-    for tokens, few, large in CUTS:
-        for variant in {few, large}:
-            if not _exact(WHOLE, max(1, tokens - 3), variant, device, dtype):
+    with torch.device("cpu"):  # whatever the user's default is, the integers are drawn there
+        for tokens, few, large in CUTS:
+            for variant in {few, large}:
+                if not _exact(WHOLE, max(1, tokens - 3), variant, device, dtype):
+                    wrong.add(tokens)
+            if not _exact(PARTIAL, tokens, few, device, dtype):
                 wrong.add(tokens)
-        if tokens <= 8 and not _exact(PARTIAL, tokens, few, device, dtype):
-            wrong.add(tokens)
-    if not _expands(device, dtype):
-        wrong.add(0)
+        if not _expands(device, dtype):
+            wrong.add(0)
     return sorted(wrong)
 
 
