@@ -40,7 +40,7 @@ def captured(model: PreTrainedModel, tokens: Tensor, new_tokens: int, record: Re
     from transformers.cache_utils import StaticCache, StaticLayer
 
     batch, prompt = tokens.shape
-    cache = StaticCache(config=model.config, max_cache_len=prompt + new_tokens)
+    cache = StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=prompt + new_tokens)
     layers = [layer for layer in cache.layers if type(layer) is StaticLayer]
     if len(layers) < len(cache.layers):  # a graph does not repeat what they count in Python, nor forget what they mixed
         raise InputError(f"{type(model).__name__} keeps sliding windows or recurrent states: {_NO_GRAPH}")
