@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 from llmprune_eval.loading import empty_model, is_packed, load_config, load_model
 from llmprune_eval.result import MANIFEST
 from llmprune_kernels import FormatError
@@ -21,6 +20,7 @@ from llmprune_kernels.checkpoint_format import METHOD, VERSION, check_files
 from llmprune_kernels.huggingface import PackedConfig, expected_tensors, put_packed_layers
 from llmprune_kernels.inventory import packed_layers
 from llmprune_kernels.linear import MODULES
+from llmprune_kernels.pack24 import as_integers
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
@@ -39,7 +39,6 @@ from llmprune.packed_files import copy_others, write_config, write_dense, write_
 from llmprune.packing import FORMATS, Choice, choose
 from llmprune.shards import Weights, weight_files
 
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 ROOM = 1.3
 """Memory that a model needs to be compared with, over the bytes of its weights."""
 
@@ -172,8 +171,7 @@ def _prove_weights(weights: Weights, choice: Choice, building: Path) -> int:
             stem = one.key.removesuffix("weight")
             rows, columns = one.shape
             back = kind(columns, rows, tuple(written.read(stem + name) for name in kind.NAMES)).to_dense()
-            bits = _INTEGERS[original.element_size()]
-            differ = back.view(bits) != original.contiguous().view(bits)
+            differ = as_integers(back) != as_integers(original.contiguous())
             if bool((differ & ((back != 0) | (original != 0))).any()):
                 raise RuntimeError(f"{one.name} is not what was packed: the disk or the memory is at fault")
             signs += int(differ.sum())

@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from llmprune_kernels.bitmap import BITS
 from llmprune_kernels.checkpoint_format import FLOATING, guard, known_as
 from llmprune_kernels.huggingface import is_plain_linear
 from llmprune_kernels.linear import MODULES
-from llmprune_kernels.pack24 import packed_shapes, violation24
+from llmprune_kernels.pack24 import violation24
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
@@ -56,12 +55,13 @@ class Matrix:
 
     def parts(self, kind: str) -> dict[str, Header]:
         """The packed tensors in a format, by the last part of their names."""
-        rows, columns = self.shape
-        if kind == "2:4":
-            values, marks = packed_shapes(rows, columns)
-            return {"values": Header(self.header.dtype, values), "positions": Header("U8", marks)}
-        stored = Header(self.header.dtype, (rows * columns - self.zeros,))
-        return {"values": stored, "bitmap": Header("U8", (rows, -(-columns // BITS)))}
+        layer, (rows, columns) = MODULES[kind], self.shape
+        stored = layer.count_stored(columns, rows, rows * columns - self.zeros)
+        shapes = layer.shapes(columns, rows, stored)
+        return {
+            name: Header(dtype, shape)
+            for name, dtype, shape in zip(layer.NAMES, (self.header.dtype, "U8"), shapes, strict=True)
+        }
 
     def packed_bytes(self, kind: str) -> int:
         """Of the packed tensors."""

@@ -31,13 +31,17 @@ class Case:
 
 def errors(cases: list[Case]) -> dict[Case, float]:
     """For each case its largest error, as a share of what rounding explains; NaN where nothing was written."""
-    root = Path(__file__).parent.parent
-    paths = [str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    asked = json.dumps([asdict(case) for case in cases])
-    run = subprocess.run([sys.executable, __file__], input=asked, capture_output=True, text=True, env=environment)
-    assert run.returncode == 0, run.stderr
-    return dict(zip(cases, json.loads(run.stdout), strict=True))
+    said = answer(Path(__file__), [asdict(case) for case in cases])
+    return dict(zip(cases, json.loads(said), strict=True))
+
+
+def answer(script: Path, asked: object) -> str:
+    """What a script of these tests prints when it is asked something, in a process in which Triton interprets."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, str(script)]
+    done = subprocess.run(command, input=json.dumps(asked), env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
 
 
 def weight(case: Case) -> torch.Tensor:

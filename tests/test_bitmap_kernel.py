@@ -8,6 +8,7 @@ from interpreted import DTYPES, Case, errors
 from llmprune_kernels import SparseLinearBitmap, pack_bitmap
 from llmprune_kernels.bitmap_kernel import TOKENS, dense, warps
 from llmprune_kernels.layouts import LAYOUTS
+from packing import random_sparse
 
 pytest.importorskip("triton")
 
@@ -19,11 +20,6 @@ CASES = [
     for j, shape in enumerate(SHAPES)
 ]
 CASES += [Case("bitmap-rows", "bfloat16", 1, 70, 516, bias=True), Case("bitmap-rows", "float16", 1, 5, 2400, bias=True)]
-
-
-def half(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
-    drawn = torch.randn(rows, columns)
-    return torch.where(torch.rand(rows, columns) < 0.5, drawn, 0.0).to(dtype)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +41,7 @@ def test_the_cases_reach_every_loop() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("full", [False, True])
 def test_restore_is_exact(shape: tuple[int, int], dtype: torch.dtype, full: bool) -> None:
-    weight = torch.randn(*shape).to(dtype) if full else half(*shape, dtype)
+    weight = torch.randn(*shape).to(dtype) if full else random_sparse(*shape, dtype)
     packed = pack_bitmap(weight)
     tensors = ROWS.prepare(packed)
     back = ROWS.restore(tensors, *shape)
@@ -55,7 +51,7 @@ def test_restore_is_exact(shape: tuple[int, int], dtype: torch.dtype, full: bool
 
 
 def test_records_say_where_values_are() -> None:
-    weight = half(6, 700, torch.float32)
+    weight = random_sparse(6, 700, torch.float32)
     values, records = ROWS.prepare(pack_bitmap(weight))
     assert records.shape == (2, 3, 37) and records.dtype == torch.int32
     for row, column in ((0, 0), (1, 255), (3, 256), (5, 300), (5, 699), (2, 130)):
@@ -71,7 +67,7 @@ def test_records_say_where_values_are() -> None:
 
 
 def test_it_takes_the_bytes_it_says() -> None:
-    weight = half(64, 4096, torch.bfloat16)
+    weight = random_sparse(64, 4096, torch.bfloat16)
     layer = SparseLinearBitmap.from_dense(weight)
     layer.use_layout("bitmap-rows")
     share = layer.weight_bytes / (weight.numel() * 2) - float((weight != 0).float().mean())
@@ -79,7 +75,7 @@ def test_it_takes_the_bytes_it_says() -> None:
 
 
 def test_what_cannot_be_run_is_refused_in_words() -> None:
-    layer = SparseLinearBitmap.from_dense(half(8, 64, torch.bfloat16))
+    layer = SparseLinearBitmap.from_dense(random_sparse(8, 64, torch.bfloat16))
     layer.use_layout("bitmap-rows")
     x = torch.randn(1, 64, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="runs on a GPU"):

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import machine_code
 import pytest
 import torch
+from interpreted import answer
 from llmprune_kernels import decode, selftest
 from llmprune_kernels.decode import VARIANTS, Variant, default_variant
 
@@ -41,15 +39,8 @@ CASES: list[Case] = [
 @pytest.fixture(scope="module")
 def errors() -> dict[str, float]:
     """The largest error of each case, from a process in which Triton interprets."""
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("interpreted_decode.py"))],
-        input=json.dumps(CASES),
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    said = answer(Path(__file__).with_name("interpreted_decode.py"), CASES)
+    lines = [json.loads(line) for line in said.splitlines()]
     return {json.dumps(line["case"]): line["error"] for line in lines}
 
 

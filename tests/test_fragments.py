@@ -8,25 +8,13 @@ import pytest
 import torch
 from llmprune_kernels import FormatError, pack24
 from llmprune_kernels.fragments import ORDER, from_fragments, to_fragments
-from torch import Tensor
-
-
-def sparse(rows: int, columns: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
-    """[rows, columns] of small integers, at most two in every group of four; groups of one and of none among them."""
-    generator = torch.Generator().manual_seed(seed)
-    weight = torch.randint(1, 9, (rows, columns), generator=generator)
-    for start in range(0, columns, 4):
-        width = min(4, columns - start)
-        order = torch.rand(rows, width, generator=generator).argsort(1)
-        kept = torch.randint(0, 3, (rows, 1), generator=generator)
-        weight[:, start : start + width] *= order < kept
-    return weight.to(dtype)
+from packing import random24
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("rows", "columns"), [(16, 256), (32, 512), (37, 331), (70, 516), (1, 1), (17, 257), (0, 8)])
 def test_there_and_back_bit_by_bit(rows: int, columns: int, dtype: torch.dtype) -> None:
-    packed = pack24(sparse(rows, columns, dtype))
+    packed = pack24(random24(rows, columns, dtype))
     fragments, metadata = to_fragments(packed)
     blocks, tiles = -(-columns // 256), -(-rows // 16)
     assert fragments.shape == (tiles, blocks, 8, 32, 8) and fragments.dtype == dtype and fragments.is_contiguous()
@@ -37,7 +25,7 @@ def test_there_and_back_bit_by_bit(rows: int, columns: int, dtype: torch.dtype) 
 
 
 def test_bytes_are_those_of_the_packed_form_where_nothing_is_padded() -> None:
-    packed = pack24(sparse(48, 1024, torch.bfloat16))
+    packed = pack24(random24(48, 1024, torch.bfloat16))
     assert sum(tensor.nbytes for tensor in to_fragments(packed)) == packed.nbytes == 48 * 1024 * 2 * 9 // 16
 
 
@@ -49,7 +37,7 @@ def test_32_bit_weights_are_refused() -> None:
 @pytest.mark.parametrize("dtype", ["bf16", "f16"])
 def test_the_instruction_finds_every_weight_in_its_place(dtype: str) -> None:
     """Each tile as mma.sp reads it, times the unit vectors in the order of the groups, is that part of the weight."""
-    weight = sparse(32, 512, {"bf16": torch.bfloat16, "f16": torch.float16}[dtype], seed=1)
+    weight = random24(32, 512, {"bf16": torch.bfloat16, "f16": torch.float16}[dtype], seed=1)
     fragments, metadata = (tensor.numpy() for tensor in (t.view(torch.int32) for t in to_fragments(pack24(weight))))
     for row_tile, block, tile in np.ndindex(2, 2, 8):
         # Of a tile's 32 inputs, the 4 of the weight's group r stand where ORDER puts it.

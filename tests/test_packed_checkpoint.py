@@ -68,15 +68,21 @@ def packed(zeros: Path) -> Path:
     return folder
 
 
+def saved_24(name: str, folder: Path) -> PreTrainedModel:
+    """A family's model whose sites are 2:4, saved."""
+    model = FAMILIES[name].build()
+    make_24_(model, FAMILIES[name].sites, transposed=name == "gpt2")
+    model.save_pretrained(folder)
+    return model
+
+
 OWN_WAY = ("falcon", "falcon_alibi")  # whose linear layers round between product and bias
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name not in OWN_WAY])
 def test_every_family_opens_packed_and_computes_the_same(name: str, tmp_path: Path) -> None:
     family = FAMILIES[name]
-    model = family.build()
-    make_24_(model, family.sites, transposed=name == "gpt2")
-    model.save_pretrained(tmp_path / "zeros")
+    model = saved_24(name, tmp_path / "zeros")
     done = pack(tmp_path / "zeros", tmp_path / "packed")
 
     again = opened(tmp_path / "packed")
@@ -126,10 +132,7 @@ def test_layers_that_compute_in_their_own_way_stay_dense(name: str, tmp_path: Pa
 
 @pytest.mark.parametrize("name", ["gpt2", "opt"])
 def test_names_without_the_base_models_prefix(name: str, tmp_path: Path) -> None:
-    family = FAMILIES[name]
-    model = family.build()
-    make_24_(model, family.sites, transposed=name == "gpt2")
-    model.save_pretrained(tmp_path / "zeros")
+    model = saved_24(name, tmp_path / "zeros")
     prefix = f"{model.base_model_prefix}."
     tensors(lambda t: [t.update({key.removeprefix(prefix): t.pop(key)}) for key in list(t)])(tmp_path / "zeros")
     pack(tmp_path / "zeros", tmp_path / "packed")
@@ -143,10 +146,7 @@ def test_names_without_the_base_models_prefix(name: str, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_the_base_model_opens_and_saves_what_the_head_opens(name: str, tmp_path: Path) -> None:
-    family = FAMILIES[name]
-    model = family.build()
-    make_24_(model, family.sites, transposed=name == "gpt2")
-    model.save_pretrained(tmp_path / "zeros")
+    model = saved_24(name, tmp_path / "zeros")
     done = pack(tmp_path / "zeros", tmp_path / "packed")
     base, facts = AutoModel.from_pretrained(tmp_path / "packed", dtype="auto", output_loading_info=True)
     assert len(dict(packed_layers(base))) == len(done.modules) and not facts["missing_keys"]

@@ -8,6 +8,7 @@ from interpreted import DTYPES, Case, errors
 from llmprune_kernels import SparseLinear24, pack24
 from llmprune_kernels.layouts import LAYOUTS
 from llmprune_kernels.portable import GROUPS, tiles
+from packing import random24
 
 pytest.importorskip("triton")
 
@@ -18,13 +19,6 @@ CASES = [
     for i, dtype in enumerate(DTYPES)
     for j, shape in enumerate(SHAPES)
 ]
-
-
-def sparse(outputs: int, inputs: int, dtype: torch.dtype) -> torch.Tensor:
-    dense = torch.randn(outputs, -(-inputs // 4) * 4)
-    groups = dense.unflatten(1, (-1, 4))
-    groups.scatter_(2, torch.rand(groups.shape).argsort(2)[..., :2], 0.0)
-    return dense[:, :inputs].to(dtype)
 
 
 @pytest.fixture(scope="module")
@@ -46,14 +40,14 @@ def test_every_choice_of_tiles_and_a_split_is_among_the_cases() -> None:
 @pytest.mark.parametrize("shape", [(70, 516), (3, 63), (5, 1), (1, 1024), (2, 1028), (4, 0), (0, 8)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_restore_is_exact(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    packed = pack24(sparse(*shape, dtype))
+    packed = pack24(random24(*shape, dtype))
     back = PORTABLE.restore(PORTABLE.prepare(packed), *shape)
     assert torch.equal(back.values, packed.values) and torch.equal(back.positions, packed.positions)
     assert back.columns == packed.columns
 
 
 def test_codes_stand_where_the_layout_says() -> None:
-    dense = sparse(3, 1100, torch.bfloat16)
+    dense = random24(3, 1100, torch.bfloat16)
     words = PORTABLE.prepare(pack24(dense))[1]
     assert words.shape == (3, 2 * GROUPS) and words.dtype == torch.int32
     values = PORTABLE.prepare(pack24(dense))[0]
@@ -66,13 +60,13 @@ def test_codes_stand_where_the_layout_says() -> None:
 
 
 def test_it_takes_the_bytes_it_says() -> None:
-    layer = SparseLinear24.from_dense(sparse(8, 2048, torch.bfloat16))
+    layer = SparseLinear24.from_dense(random24(8, 2048, torch.bfloat16))
     layer.use_layout("portable")
     assert layer.weight_bytes == float(PORTABLE.memory) * 8 * 2048 * 2
 
 
 def test_what_cannot_be_run_is_refused_in_words() -> None:
-    layer = SparseLinear24.from_dense(sparse(8, 64, torch.bfloat16))
+    layer = SparseLinear24.from_dense(random24(8, 64, torch.bfloat16))
     layer.use_layout("portable")
     x = torch.randn(1, 64, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="runs on a GPU"):

@@ -6,11 +6,11 @@ fewer bytes is no faster. In a graph the time of a step is the GPU's own.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
+from llmprune_kernels.graphs import capture_stream, capturing
 from torch import Tensor
 
 from llmprune_eval.errors import InputError
@@ -67,7 +67,8 @@ def captured(model: PreTrainedModel, tokens: Tensor, new_tokens: int, record: Re
 
 def _graph(step: Action, rewind: Action) -> Action:
     """The step in a CUDA graph of the current device."""
-    graph, own, before = torch.cuda.CUDAGraph(), _stream(torch.cuda.current_device()), torch.cuda.current_stream()
+    graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    own = capture_stream(torch.cuda.current_device())
     own.wait_stream(before)
     with torch.cuda.stream(own):  # libraries make their workspaces for the stream of the capture
         for _ in range(WARM_UP):
@@ -76,21 +77,13 @@ def _graph(step: Action, rewind: Action) -> Action:
         rewind()
     before.wait_stream(own)
     try:
-        with torch.cuda.graph(graph, stream=own):
+        with capturing(graph, stream=own):
             step()
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
         reason = str(error.__context__ or error).partition("\n")[0]
         raise InputError(f"a step of this model cannot be captured ({reason}): {_NO_GRAPH}") from error
-    finally:
-        torch.cuda.set_stream(before)  # which a capture that fails leaves behind
     graph.replay()  # the first launch also carries the graph to the device
     rewind()
     return graph.replay
-
-
-@functools.cache
-def _stream(device: int) -> torch.cuda.Stream:
-    """One for all captures on a device: cuBLAS keeps a workspace for each stream that it has ever seen."""
-    return torch.cuda.Stream(device)

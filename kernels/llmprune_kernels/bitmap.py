@@ -62,10 +62,12 @@ def unpack_bitmap(packed: PackedBitmap) -> Tensor:
     Raises:
         FormatError: bitmap and values do not fit each other.
     """
-    check_bitmap(packed)
-    out = packed.values.new_zeros(packed.shape)
-    out[_present(packed)] = packed.values
-    return out
+    return spread(packed, _checked_marks(packed))
+
+
+def spread(packed: PackedBitmap, marks: Tensor) -> Tensor:
+    """The matrix [out, in] with the values where the bitmap's marks are; unchecked, so that no GPU is waited for."""
+    return packed.values.new_zeros(packed.shape).masked_scatter_(marks[:, : packed.columns], packed.values)
 
 
 def check_bitmap(packed: PackedBitmap) -> None:
@@ -74,6 +76,11 @@ def check_bitmap(packed: PackedBitmap) -> None:
     Raises:
         FormatError: it is not so.
     """
+    _checked_marks(packed)
+
+
+def _checked_marks(packed: PackedBitmap) -> Tensor:
+    """The marks, bool [out, 8 * bytes], of a bitmap that passes check_bitmap."""
     bitmap, columns = packed.bitmap, packed.columns
     if bitmap.dtype != torch.uint8 or bitmap.dim() != 2 or bitmap.shape[1] != -(-columns // BITS):
         raise FormatError(
@@ -89,13 +96,10 @@ def check_bitmap(packed: PackedBitmap) -> None:
         raise FormatError(f"bitmap marks weights beyond the last of its {columns} columns")
     if int(marks.sum()) != packed.values.numel():
         raise FormatError(f"bitmap marks {int(marks.sum())} weights, but {packed.values.numel()} are stored")
+    return marks
 
 
 def marked(bitmap: Tensor) -> Tensor:
     """Bitmap [out, bytes] as bool [out, 8 * bytes]."""
     shifts = torch.arange(BITS, dtype=torch.uint8, device=bitmap.device)
     return ((bitmap.unsqueeze(2) >> shifts) & 1).flatten(1).bool()
-
-
-def _present(packed: PackedBitmap) -> Tensor:
-    return marked(packed.bitmap)[:, : packed.columns]

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmprune_kernels.bitmap import BITS, PackedBitmap, marked
+from llmprune_kernels.bitmap import BITS, PackedBitmap, marked, spread
 from llmprune_kernels.format import FormatError
 from llmprune_kernels.launch import check_operands, triton_dtype
 from llmprune_kernels.layout import Layout
@@ -123,8 +123,7 @@ def multiply(x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, out_feat
 def dense(tensors: Sequence[Tensor], out_features: int, in_features: int) -> Tensor:
     """The weight [out, in]; unlike `unpack_bitmap` it checks nothing, so the GPU need not be waited for."""
     packed = restore(tensors, out_features, in_features)
-    present = marked(packed.bitmap)[:, :in_features]
-    return packed.values.new_zeros(packed.shape).masked_scatter_(present, packed.values)
+    return spread(packed, marked(packed.bitmap))
 
 
 def pieces(x: Tensor) -> Tensor:

@@ -7,19 +7,18 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from llmprune_kernels.decode import ROWS
 from llmprune_kernels.layout import Layout
 from llmprune_kernels.measured import Measured, Problem, measured
 from llmprune_kernels.pack24 import Packed24
 from llmprune_kernels.prefill import trial
-
-FEW_ROWS = 64  # until which the way for few rows is taken where nothing was timed
 
 
 def both(few: Layout[Packed24], many: Layout[Packed24], table: Measured | None = None) -> Layout[Packed24]:
     """The layout that holds the tensors of two.
 
     A shape is timed when it is first run, in powers of two of the rows. In a CUDA graph that is captured before,
-    `few` runs up to FEW_ROWS rows and `many` above.
+    `few` runs up to ROWS rows and `many` above.
 
     Args:
         few: made for few rows; two tensors.
@@ -43,7 +42,7 @@ def both(few: Layout[Packed24], many: Layout[Packed24], table: Measured | None =
             return layout.multiply(rows, own, bias, out_features)
 
         candidates = {name: functools.partial(lambda name: run(name, sample()), name) for name in ways}
-        usual = "few" if x.shape[0] <= FEW_ROWS else "many"
+        usual = "few" if x.shape[0] <= ROWS else "many"
         return run((table or measured(x.device)).fastest(problem, candidates, usual), x)
 
     return Layout(Packed24, prepare, restore, multiply, "1.125")

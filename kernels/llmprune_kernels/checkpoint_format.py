@@ -87,9 +87,14 @@ class Expected:
     prefix: str
 
     @property
+    def layers(self) -> set[str]:
+        """The packed layers' names."""
+        return {name.rpartition(".")[0] for name in self.packed}
+
+    @property
     def dense(self) -> set[str]:
         """The packed layers' weights, which the files do not hold, but for the guard."""
-        return {f"{name.rpartition('.')[0]}.weight" for name in self.packed}
+        return {f"{layer}.weight" for layer in self.layers}
 
     def keys(self, keys: Iterable[str]) -> dict[str, str]:
         """The files' keys by the model's names, or by themselves where the model has no such name."""
@@ -119,7 +124,7 @@ def check_files(files: Sequence[str | Path], expected: Expected) -> None:
         if name not in expected.packed and name not in expected.others and name.endswith(endings):
             raise FormatError(f"the files hold {name}, of which the config knows nothing: {PACK_AGAIN}")
     _check_there(found, expected.others)
-    _check_dense(found, expected.dense)
+    _check_dense(found, expected)
 
 
 def _check_there(found: Mapping[str, tuple[list[int], str]], expected: Mapping[str, Tensor]) -> None:
@@ -151,10 +156,11 @@ def _headers(files: Sequence[str | Path]) -> dict[str, tuple[list[int], str]]:
     return found
 
 
-def _check_dense(found: Mapping[str, tuple[list[int], str]], dense: Collection[str]) -> None:
+def _check_dense(found: Mapping[str, tuple[list[int], str]], expected: Expected) -> None:
     """Of the packed layers' dense weights there is the guard, and none holds anything."""
-    for name in dense:
+    for name in expected.dense:
         if name in found and 0 not in found[name][0]:
             raise FormatError(f"the files hold {name} dense beside its packed form: {PACK_AGAIN}")
-    if min(dense) not in found:
-        raise FormatError(f"the files lack {min(dense)}, the empty mark of a packed model: copy or download them again")
+    mark = guard(expected.layers)
+    if mark not in found:
+        raise FormatError(f"the files lack {mark}, the empty mark of a packed model: copy or download them again")

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from llmprune_kernels.format import FormatError
-from llmprune_kernels.pack24 import CODES, KEPT, Packed24, codes24
+from llmprune_kernels.pack24 import CODES, KEPT, Packed24, codes24, positions24
 
 TILE_ROWS = 16
 TILE_GROUPS = 8  # 32 inputs
@@ -75,6 +75,5 @@ def from_fragments(tensors: Sequence[Tensor], out_features: int, in_features: in
     halves = torch.stack((words & 0xFFFF, words >> 16 & 0xFFFF), dim=1)  # [tile row, u, g, block, tile, h]
     codes = (halves.unsqueeze(-1) >> torch.arange(0, 16, 4, device=words.device, dtype=torch.int32)) & 15
     codes = codes.flatten(5, 6)[..., place].reshape(values.shape[:2]).to(torch.uint8)
-    codes = torch.nn.functional.pad(codes[:out_features, :groups], (0, groups % 2), value=CODES[0])
-    positions = codes[:, 0::2] | codes[:, 1::2] << 4
-    return Packed24(values[:out_features, :groups].flatten(1).contiguous(), positions.contiguous(), in_features)
+    positions = positions24(codes[:out_features, :groups])
+    return Packed24(values[:out_features, :groups].flatten(1).contiguous(), positions, in_features)

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
 
-import torch
 from torch import Tensor
 
 from llmprune_kernels.bitmap import BITS, PackedBitmap, check_bitmap, pack_bitmap, unpack_bitmap
 from llmprune_kernels.format import FormatError
 from llmprune_kernels.pack24 import Packed24, check24, pack24, packed_shapes, unpack24
 from llmprune_kernels.packed_linear import PackedLinear
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 
 class SparseLinear24(PackedLinear):
@@ -24,19 +20,17 @@ class SparseLinear24(PackedLinear):
     NAMES = ("values", "positions")
 
     @classmethod
-    def empty(
-        cls, in_features: int, out_features: int, stored: int, bias: bool, dtype: torch.dtype, device: torch.device
-    ) -> Self:
-        values, positions = packed_shapes(out_features, in_features)
-        if stored != values[0] * values[1]:
-            raise FormatError(
-                f"a 2:4 weight {out_features} x {in_features} stores {values[0] * values[1]}, not {stored}"
-            )
-        tensors = (
-            torch.empty(values, dtype=dtype, device=device),
-            torch.empty(positions, dtype=torch.uint8, device=device),
-        )
-        return cls(in_features, out_features, tensors, _empty_bias(out_features, bias, dtype, device))
+    def count_stored(cls, in_features: int, out_features: int, nonzero: int) -> int:
+        """Two of every group of four, whatever they are."""
+        return math.prod(packed_shapes(out_features, in_features)[0])
+
+    @classmethod
+    def shapes(cls, in_features: int, out_features: int, stored: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of values and positions."""
+        wanted = cls.count_stored(in_features, out_features, 0)
+        if stored != wanted:
+            raise FormatError(f"a 2:4 weight {out_features} x {in_features} stores {wanted}, not {stored}")
+        return packed_shapes(out_features, in_features)
 
     @staticmethod
     def _pack(weight: Tensor) -> Packed24:
@@ -59,17 +53,16 @@ class SparseLinearBitmap(PackedLinear):
     NAMES = ("values", "bitmap")
 
     @classmethod
-    def empty(
-        cls, in_features: int, out_features: int, stored: int, bias: bool, dtype: torch.dtype, device: torch.device
-    ) -> Self:
+    def count_stored(cls, in_features: int, out_features: int, nonzero: int) -> int:
+        """All that are not zero."""
+        return nonzero
+
+    @classmethod
+    def shapes(cls, in_features: int, out_features: int, stored: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of values and bitmap."""
         if not 0 <= stored <= in_features * out_features:
             raise FormatError(f"a weight {out_features} x {in_features} cannot store {stored} values")
-        bitmap = (out_features, -(-in_features // BITS))
-        tensors = (
-            torch.empty(stored, dtype=dtype, device=device),
-            torch.empty(bitmap, dtype=torch.uint8, device=device),
-        )
-        return cls(in_features, out_features, tensors, _empty_bias(out_features, bias, dtype, device))
+        return (stored,), (out_features, -(-in_features // BITS))
 
     @staticmethod
     def _pack(weight: Tensor) -> PackedBitmap:
@@ -82,10 +75,6 @@ class SparseLinearBitmap(PackedLinear):
     def check(self) -> None:
         """As many values as marks, all inside the matrix."""
         check_bitmap(self.packed)
-
-
-def _empty_bias(out_features: int, bias: bool, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-    return torch.empty(out_features, dtype=dtype, device=device) if bias else None
 
 
 MODULES: dict[str, type[PackedLinear]] = {kind.FORMAT: kind for kind in (SparseLinear24, SparseLinearBitmap)}

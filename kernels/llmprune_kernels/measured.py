@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmprune_kernels.graphs import capture_stream, capturing, replay_times
+
 Timer = Callable[[Callable[[], object]], float]
 """Median microseconds of a call."""
 
@@ -95,9 +97,8 @@ class Measured:
         self._found.setdefault(str(problem), {})[name] = value
         if not self._writable:
             return
-        for key, theirs in (
-            self._read(lambda text: None) or {}
-        ).items():  # what other processes have found in the meantime
+        others = self._read(lambda text: None) or {}  # what other processes have found in the meantime
+        for key, theirs in others.items():
             self._found[key] = theirs | self._found.get(key, {})
         try:
             self._write()
@@ -160,43 +161,21 @@ def cuda_microseconds(device: torch.device, call: Callable[[], object], repeats:
     calls = 4
     with torch.cuda.device(device):
         cold = torch.empty(3 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.uint8, device=device)
-        stream, before = _stream(torch.cuda.current_device()), torch.cuda.current_stream()
-        stream.wait_stream(before)
+        stream = capture_stream(torch.cuda.current_device())
+        stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(3):
                 call()
         torch.cuda.synchronize()
         graphs = [torch.cuda.CUDAGraph() for _ in range(2)]
         nothing: Callable[[], object] = int
-        try:
-            for graph, also in zip(graphs, (call, nothing), strict=True):
-                with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                    for _ in range(calls):
-                        cold.zero_()
-                        also()
-        finally:
-            torch.cuda.set_stream(before)  # which a capture that fails leaves behind
-        with_call, without = (_replayed(graph, repeats) for graph in graphs)
+        for graph, also in zip(graphs, (call, nothing), strict=True):
+            with capturing(graph, stream=stream, capture_error_mode="thread_local"):
+                for _ in range(calls):
+                    cold.zero_()
+                    also()
+        with_call, without = (statistics.median(replay_times(graph, repeats)) for graph in graphs)
     return 1e3 * max(0.0, with_call - without) / calls
-
-
-@functools.cache
-def _stream(device: int) -> torch.cuda.Stream:
-    """One for all captures on a device: cuBLAS keeps a workspace for each stream that it has ever seen."""
-    return torch.cuda.Stream(device)
-
-
-def _replayed(graph: torch.cuda.CUDAGraph, repeats: int) -> float:
-    """Median milliseconds of a replay, after two to warm up."""
-    graph.replay()
-    graph.replay()
-    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-    for start, end in pairs:
-        start.record()
-        graph.replay()
-        end.record()
-    torch.cuda.synchronize()
-    return float(statistics.median(start.elapsed_time(end) for start, end in pairs))
 
 
 def cusparselt_version() -> str:

@@ -86,10 +86,9 @@ def pack24(weight: Tensor) -> Packed24:
         groups = _padded(weight[rows], GROUP).unflatten(1, (-1, GROUP))
         present = _present(groups)
         codes = _codes(present)
-        kept = _bits(groups.masked_fill(~present, 0)).gather(2, _slots(codes))
+        kept = as_integers(groups.masked_fill(~present, 0)).gather(2, _slots(codes))
         values[rows] = kept.flatten(1).view(weight.dtype)
-        pairs = _padded(codes, 2, CODES[0]).unflatten(1, (-1, 2))
-        positions[rows] = pairs[..., 0] | pairs[..., 1] << 4
+        positions[rows] = positions24(codes)
     return Packed24(values, positions, weight.shape[1])
 
 
@@ -105,7 +104,7 @@ def unpack24(packed: Packed24) -> Tensor:
         FormatError: the tensors do not fit each other, or a position is none.
     """
     check24(packed)
-    values = _bits(packed.values).unflatten(1, (packed.values.shape[1] // KEPT, KEPT))
+    values = as_integers(packed.values).unflatten(1, (packed.values.shape[1] // KEPT, KEPT))
     out = values.new_zeros(*values.shape[:2], GROUP)
     for rows in _row_slices(out.flatten(1)):
         slots = _slots(codes24(packed.positions[rows], out.shape[1]))
@@ -117,6 +116,12 @@ def unpack24(packed: Packed24) -> Tensor:
 def codes24(positions: Tensor, groups: int) -> Tensor:
     """Positions [out, bytes] as one code i0 | i1 << 2 per group, uint8 [out, groups]."""
     return torch.stack((positions & 15, positions >> 4), dim=-1).flatten(1)[:, :groups]
+
+
+def positions24(codes: Tensor) -> Tensor:
+    """One code per group, uint8 [out, groups], as positions [out, ceil(groups / 2)]; codes24 backwards."""
+    codes = _padded(codes, 2, CODES[0])
+    return codes[:, 0::2] | codes[:, 1::2] << 4
 
 
 def check24(packed: Packed24) -> None:
@@ -155,7 +160,7 @@ def _codes(present: Tensor) -> Tensor:
     return torch.tensor(CODES, dtype=torch.uint8, device=present.device)[bits]
 
 
-def _bits(values: Tensor) -> Tensor:
+def as_integers(values: Tensor) -> Tensor:
     """The same memory as integers: torch's gather of bfloat16 on a CPU gives NaN other bits."""
     return values.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()])
 

@@ -60,7 +60,6 @@ class PackedLinear(nn.Module, ABC):
         return cls(weight.shape[1], weight.shape[0], tuple(getattr(packed, name) for name in cls.NAMES), bias)
 
     @classmethod
-    @abstractmethod
     def empty(
         cls, in_features: int, out_features: int, stored: int, bias: bool, dtype: torch.dtype, device: torch.device
     ) -> Self:
@@ -71,6 +70,27 @@ class PackedLinear(nn.Module, ABC):
 
         Raises:
             FormatError: a matrix of this size cannot hold so many.
+        """
+        values, marks = cls.shapes(in_features, out_features, stored)
+        tensors = (
+            torch.empty(values, dtype=dtype, device=device),
+            torch.empty(marks, dtype=torch.uint8, device=device),
+        )
+        own = torch.empty(out_features, dtype=dtype, device=device) if bias else None
+        return cls(in_features, out_features, tensors, own)
+
+    @classmethod
+    @abstractmethod
+    def count_stored(cls, in_features: int, out_features: int, nonzero: int) -> int:
+        """How many values a packed matrix [out, in] holds, of which so many are not zero."""
+
+    @classmethod
+    @abstractmethod
+    def shapes(cls, in_features: int, out_features: int, stored: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of the canonical tensors, in the order of NAMES.
+
+        Raises:
+            FormatError: a matrix of this size cannot hold so many values.
         """
 
     @staticmethod

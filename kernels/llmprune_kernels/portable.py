@@ -19,7 +19,7 @@ from torch import Tensor
 
 from llmprune_kernels.launch import check_operands, interpreted, triton_dtype
 from llmprune_kernels.layout import Layout
-from llmprune_kernels.pack24 import CODES, GROUP, KEPT, Packed24, codes24
+from llmprune_kernels.pack24 import CODES, GROUP, KEPT, Packed24, codes24, positions24
 
 GROUPS = 32  # groups in a tile: four products of that depth
 PARTS = 8  # codes in a word
@@ -76,8 +76,7 @@ def restore(tensors: Sequence[Tensor], out_features: int, in_features: int) -> P
     shifts = 4 * torch.arange(PARTS, device=words.device)
     codes = (words.unflatten(1, (-1, 1, GROUPS)) >> shifts.view(-1, 1)) & 15
     codes = codes.flatten(1)[:, : values.shape[1] // KEPT].to(torch.uint8)
-    codes = F.pad(codes, (0, codes.shape[1] % 2), value=CODES[0])
-    return Packed24(values, codes[:, 0::2] | codes[:, 1::2] << 4, in_features)
+    return Packed24(values, positions24(codes), in_features)
 
 
 def multiply(x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, out_features: int) -> Tensor:

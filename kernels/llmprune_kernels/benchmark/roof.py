@@ -10,10 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llmprune_kernels.benchmark.shapes import BYTES, Layer
+from llmprune_kernels.decode import ROWS
 
 SHARE = {"dense": 1.0, "2:4": 9 / 16, "bitmap": 1 / 2 + 37 / 512}
 """Of the dense 16-bit bytes. The bitmap at half the weights, with records of 37 words for 4 rows of 256 inputs."""
-FEW_ROWS = 64
+FEW_ROWS = ROWS  # for which bytes decide
 
 
 @dataclass(frozen=True)

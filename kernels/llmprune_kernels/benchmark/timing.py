@@ -10,6 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from llmprune_kernels.graphs import capturing, replay_times
+
 Call = Callable[[], Tensor]
 ROTATED = 300_000_000  # bytes of copies at least
 L2_TIMES = 3  # and so many times the L2 cache
@@ -39,12 +41,8 @@ class Graph:
         torch.cuda.synchronize()
         self._calls = len(calls)
         self._graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.current_stream()
-        try:
-            with torch.cuda.graph(self._graph):
-                self._outputs = [call() for call in calls]
-        finally:
-            torch.cuda.set_stream(stream)  # a capture that fails leaves its own stream behind
+        with capturing(self._graph):
+            self._outputs = [call() for call in calls]
 
     def answers(self) -> list[Tensor]:
         for output in self._outputs:
@@ -54,15 +52,7 @@ class Graph:
         return self._outputs
 
     def microseconds(self, repeats: int) -> list[float]:
-        for _ in range(2):
-            self._graph.replay()
-        pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-        for start, end in pairs:
-            start.record()
-            self._graph.replay()
-            end.record()
-        torch.cuda.synchronize()
-        return [1e3 * start.elapsed_time(end) / self._calls for start, end in pairs]
+        return [1e3 * one / self._calls for one in replay_times(self._graph, repeats)]
 
 
 class Eager:
