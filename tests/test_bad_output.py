@@ -17,7 +17,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import typer
 from broken import TOKENS, tree
+from llmprune_eval import entry
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
@@ -243,6 +245,28 @@ def test_a_scheduler_that_ends_it_finds_nothing_left(run: list[str], good: Path,
     interrupt(process, lambda: any(tmp_path.glob(".good.*building/model.safetensors")), signal.SIGTERM)
     assert process.returncode == 128 + signal.SIGTERM
     assert tree(tmp_path) == before
+
+
+def test_a_fork_is_ended_as_soon_as_it_exists() -> None:
+    """Pools end the processes that they have forked, and wait for it; a signal that one has lost is never repeated."""
+    forks = typer.Typer()
+
+    @forks.command()
+    def wait_for_a_fork() -> None:
+        fork = os.fork()
+        while fork == 0:
+            time.sleep(PATIENCE)
+        os.kill(fork, signal.SIGTERM)
+        deadline = time.monotonic() + 20
+        while (ended := os.waitpid(fork, os.WNOHANG)) == (0, 0):
+            if time.monotonic() > deadline:
+                os.kill(fork, signal.SIGKILL)
+            time.sleep(0.01)
+        assert ended == (fork, signal.SIGTERM)
+
+    with pytest.raises(SystemExit) as end:
+        entry.run(forks, [], "llmprune")
+    assert end.value.code == 0
 
 
 def test_ctrl_c_while_learning_masks_loses_nothing(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from functools import cache
 from types import FrameType
 from typing import NoReturn
 
@@ -34,6 +36,7 @@ def run(app: typer.Typer, words: Sequence[str], module: str) -> None:
     debug = "--debug" in words
     _configure_logging(debug)
     signal.signal(signal.SIGTERM, _terminated)
+    _spare_forks()
     try:
         with all_ranks(module), logging_redirect_tqdm():
             code = app(args=list(words), standalone_mode=False)
@@ -58,6 +61,31 @@ def run(app: typer.Typer, words: Sequence[str], module: str) -> None:
 def _terminated(number: int, frame: FrameType | None) -> NoReturn:
     """End as with Ctrl-C: what is half-written is removed on the way out. Schedulers and containers send SIGTERM."""
     sys.exit(128 + number)
+
+
+@cache
+def _spare_forks() -> None:
+    """Processes forked from this one, as lm-eval does for its standard errors, end by SIGTERM as any program does.
+
+    A handler written in Python would lose what arrives just after the fork, as Python forgets signals there, and who
+    has sent it would wait for ever. So the signal is held back until the fork has no handler.
+    """
+    if sys.platform == "win32":
+        return
+    terminate = {signal.SIGTERM}
+
+    def hold() -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, terminate)
+
+    def release() -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, terminate)
+
+    def start() -> None:
+        if signal.getsignal(signal.SIGTERM) is _terminated:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        release()
+
+    os.register_at_fork(before=hold, after_in_parent=release, after_in_child=start)
 
 
 def _fail(message: str, module: str, debug: bool) -> None:
