@@ -20,13 +20,13 @@ from llmprune_kernels.benchmark.contest import Machine, Refusal, contest, half_o
 from llmprune_kernels.benchmark.contestants import Contestant, of_24, of_bitmap, variants
 from llmprune_kernels.benchmark.machine import facts
 from llmprune_kernels.benchmark.roof import Roof
+from llmprune_kernels.bitmap_kernel import TOKENS as TOKENS_OF_BITMAP
 from llmprune_kernels.launch import trouble
 
 HERE = Path(__file__).resolve().parent
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096)
 QUICK_TOKENS = (1, 16, 64, 1024)
 ALL, FEW, MANY = (1, 1 << 30), (1, 64), (64, 1 << 30)  # rows: of the table, of --only decode, of --only prefill
-BITMAP_ROWS = (1, 16)
 END_TO_END_MINUTES = 2.0
 LIBRARIES = ("cuBLAS", "cuSPARSELt", "CUTLASS")  # what a prefill is compared with
 
@@ -49,6 +49,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
     parser.add_argument("--minutes", type=float, default=8.0, help="start no layer after so many")
     parser.add_argument("--out", type=Path, default=HERE / "results.csv", help="the table; rows are added or replaced")
+    parser.add_argument("--commit", help="what to note as the commit where there is no repository")
     parser.add_argument("--plot", action="store_true", help="draw roof.png anew from the table, beside it")
     options = parser.parse_args(arguments)
     if options.tokens and min(options.tokens) < 1:
@@ -89,7 +90,7 @@ def parts(options: argparse.Namespace) -> list[tuple[str, list[Contestant], list
         return [("2:4", chosen, within(MANY))]
     return [
         *([("2:4", of_24(), within(FEW if options.only else ALL))] if options.only != "bitmap" else []),
-        *([("bitmap", of_bitmap(), within(BITMAP_ROWS))] if options.only in (None, "bitmap") else []),
+        *([("bitmap", of_bitmap(), within((1, TOKENS_OF_BITMAP)))] if options.only in (None, "bitmap") else []),
     ]
 
 
@@ -127,7 +128,8 @@ def surroundings(device: torch.device) -> tuple[Machine, dict[str, str]]:
     common = facts(device, HERE, " ".join(["python kernels/bench.py", *sys.argv[1:]]))
     free, _ = torch.cuda.mem_get_info(device)
     l2 = int(torch.cuda.get_device_properties(device).L2_cache_size)
-    print(f"{common['gpu']}: copies at {roof.bandwidth * 1e-9:.0f} GB/s, {roof.launch:.2f} us per launch in a graph")
+    said = f"{common['gpu']}: copies at {roof.bandwidth * 1e-9:.0f} GB/s, {roof.launch:.2f} us per launch in a graph"
+    print(said, flush=True)
     return Machine(timing.Graph, roof, l2, free // 4), common
 
 
@@ -141,19 +143,20 @@ def measure(options: argparse.Namespace, device: torch.device, machine: Machine,
         refused += keep(tables(options, device, machine, started + 60 * minutes), options.out, common)
     if model:
         refused += keep(whole_model(options, device, machine), options.out, common)
-    for refusal in refused:
-        print(f"bench.py: {refusal.layer}, {refusal.rows} rows, {refusal.kernel}: {refusal.reason}", file=sys.stderr)
     print(f"{time.monotonic() - started:.0f} s; rows are in {options.out}")
     return 1 if refused else 0
 
 
 def keep(found: Iterator[dict[str, Any] | Refusal], out: Path, common: dict[str, str]) -> list[Refusal]:
-    """Write rows as they come, and show each layer when the next begins; returns what got no figure."""
+    """Write rows as they come, and show each layer when the next begins; says at once, and returns, what got no figure:
+    after some errors a CUDA device does nothing more."""
     refused: list[Refusal] = []
     shown: list[dict[str, Any]] = []
     for item in found:
         if isinstance(item, Refusal):
             refused.append(item)
+            why = f"{item.layer}, {item.rows} rows, {item.kernel}: {item.reason}"
+            print(f"bench.py: {why}", file=sys.stderr, flush=True)
             continue
         rows.merge(out, [item | common])
         if shown and shown[-1]["layer"] != item["layer"]:
@@ -174,10 +177,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         device = torch.device("cuda", torch.cuda.current_device())
-        code = measure(options, device, *surroundings(device))
+        machine, common = surroundings(device)
+        if options.commit is not None:
+            common["commit"] = options.commit
+        code = measure(options, device, machine, common)
     except trouble() as error:
         print(f"bench.py: stopped: {(str(error).splitlines() or [type(error).__name__])[0]}", file=sys.stderr)
-        return 1
+        code = 1
     if options.plot:
         importlib.import_module("draw_roof").draw(options.out, options.out.with_name("roof.png"))
     return code

@@ -6,6 +6,7 @@ import csv
 import math
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -218,7 +219,24 @@ def test_a_run_writes_as_it_goes_and_names_what_it_refused(tmp_path: Path, capsy
     assert script.keep(found, tmp_path / "t.csv", common) == [Refusal("l", 4, "bad", "wrong")]
     with (tmp_path / "t.csv").open(newline="") as stream:
         assert [(r["gpu"], r["layer"]) for r in csv.DictReader(stream)] == [("H", "l"), ("H", "m")]
-    assert capsys.readouterr().out.count("kernel") == 2
+    said = capsys.readouterr()
+    assert said.out.count("kernel") == 2 and said.err == "bench.py: l, 4 rows, bad: wrong\n"
+
+
+def test_what_was_refused_is_known_where_nothing_runs_any_more(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import bench as script
+
+    def fail() -> Iterator[dict[str, Any] | Refusal]:
+        yield row(p10=1.0, p90=3.0)
+        yield Refusal("l", 4, "bad", "an illegal memory access")
+        raise RuntimeError("an illegal memory access")
+
+    with pytest.raises(RuntimeError):
+        script.keep(fail(), tmp_path / "t.csv", {"gpu": "H"})
+    assert "bad: an illegal" in capsys.readouterr().err
+    assert len(rows.read(tmp_path / "t.csv")) == 1
 
 
 def test_all_that_is_asked_for_is_measured(
@@ -259,7 +277,7 @@ def test_every_part_has_its_kernels_and_rows(monkeypatch: pytest.MonkeyPatch) ->
         found = script.parts(script.parse(arguments))
         return {(form, one.name, counts[0], counts[-1]) for form, contestants, counts in found for one in contestants}
 
-    assert {("2:4", "decode", 1, 4096), ("2:4", "both", 1, 4096), ("bitmap", "bitmap-rows", 1, 16)} <= names()
+    assert {("2:4", "decode", 1, 4096), ("2:4", "both", 1, 4096), ("bitmap", "bitmap-rows", 1, 8)} <= names()
     assert {name for _, name, _, _ in names("--only", "prefill")} == {
         "cuBLAS", "cuSPARSELt, default algorithm", "cuSPARSELt, searched algorithm (prefill)", "CUTLASS through torch",
         "both",

@@ -38,7 +38,6 @@ def build_portable(rows: int, dtype: torch.dtype, arch: int, ones: tuple[str, ..
         "OUTPUTS": cut.outputs,
         "ROWS": cut.rows,
         "GROUPS": portable.GROUPS,
-        "SPLIT": 4,
         "UNROLL": cut.unroll,
         **dict.fromkeys(ones, 1),
     }

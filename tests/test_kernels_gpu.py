@@ -1,9 +1,14 @@
 """The kernels on a CUDA device: every layout against float64, in graphs, compiled, moved about.
 
-They need torch, Triton and transformers only: python -m pytest --noconftest tests/test_kernels_gpu.py
-For compute-sanitizer, without torch's memory pool, so that every tensor has its own bounds:
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 \
-        python -m pytest --noconftest tests/test_kernels_gpu.py -k small
+They need torch, Triton and transformers only. First the small ones, as after a wrong access nothing else can run; most
+of the time is the compiler's, so with pytest-xdist `-n 8` shortens both:
+    python -m pytest --noconftest tests/test_kernels_gpu.py -v -x -k small
+    python -m pytest --noconftest tests/test_kernels_gpu.py -v -k "not small"
+For compute-sanitizer, without torch's memory pool, so that every tensor has its own bounds. Torch captures no graph
+that allocates without it, so layout "both", which times its two ways in graphs, is left out; it holds no kernel of its
+own. What libraries ask of the driver in vain is no error of theirs:
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --report-api-errors no --error-exitcode 9 \
+        python -m pytest --noconftest tests/test_kernels_gpu.py -k "small and not both"
 """
 
 from __future__ import annotations
@@ -216,10 +221,12 @@ def test_the_benchmark_measures_a_layer(tmp_path: Path, capsys: pytest.CaptureFi
     import bench
 
     out = tmp_path / "results.csv"
-    code = bench.main(["--layers", "Llama-3-8B:o", "--tokens", "1", "128", "--out", str(out)])
+    layer = ["--layers", "Llama-3-8B:o", "--out", str(out)]
+    parts = [["--only", "decode", "--tokens", "1"], ["--only", "prefill", "--tokens", "128"]]
+    codes = [bench.main([*layer, *part]) for part in parts]
     with out.open(newline="") as stream:
         rows = {(row["kernel"], row["rows"]): row for row in csv.DictReader(stream)}
-    said = capsys.readouterr().err
-    assert code == (1 if said else 0)
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("bench.py:")]
+    assert max(codes) == (1 if said else 0)
     assert {("cuBLAS", "1"), ("decode", "1"), ("both", "128"), ("Triton GEMV, dense", "1")} <= rows.keys(), said
     assert 0.2 < float(rows["cuBLAS", "1"]["share_of_copy"]) < 1.5

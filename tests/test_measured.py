@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from llmprune_kernels import FormatError, pack24, prefill
 from llmprune_kernels.both import both
+from llmprune_kernels.launch import filled_up
 from llmprune_kernels.layout import Layout
 from llmprune_kernels.measured import Measured, Problem
 from llmprune_kernels.pack24 import Packed24
@@ -158,24 +159,34 @@ def test_rows_are_padded_and_cut_again(rows: int, library: list[tuple[int, int]]
     torch.testing.assert_close(y.double(), x.double() @ dense.double().t() + bias.double(), rtol=0.01, atol=0.05)
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(8, 64), (7, 64), (8, 63), (1, 1), (0, 64)])
+def test_x_is_copied_only_to_be_filled_up(rows: int, columns: int) -> None:
+    x = torch.randn(rows, columns)
+    y = filled_up(x, rows=8, columns=4)
+    assert y.shape[0] % 8 == 0 and y.shape[1] % 4 == 0 and y.numel() < (rows + 8) * (columns + 4)
+    assert torch.equal(y[:rows, :columns], x) and not y[rows:].any() and not y[:, columns:].any()
+    assert (y is x) == (rows % 8 == 0 and columns % 4 == 0)
+
+
 def test_the_algorithm_is_searched_once_for_rows_up_to_a_power_of_two(
     library: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     searched: list[tuple[int, ...]] = []
 
-    def search(x: torch.Tensor, compressed: torch.Tensor) -> list[int]:
+    def search(x: torch.Tensor, compressed: torch.Tensor, bias: torch.Tensor | None) -> list[int]:
+        assert bias is added
         searched.append((*x.shape, int(x.isfinite().all())))
         return prefill.DEFAULT
 
     times = table(tmp_path / "t.json", Clock())
     monkeypatch.setattr(prefill, "measured", lambda device: times)
     monkeypatch.setattr(prefill, "search", search)
-    dense = weight(32, 64)
+    dense, added = weight(32, 64), torch.randn(32).bfloat16()
     tensors, state = prefill.prepare(pack24(dense)), torch.get_rng_state()
     for rows in (5, 8, 7, 9):
         x = torch.ones(rows, 64).bfloat16()
-        y = prefill.multiply(x, tensors, None, 32)
-        torch.testing.assert_close(y.double(), x.double() @ dense.double().t(), rtol=0.01, atol=0.05)
+        y = prefill.multiply(x, tensors, added, 32)
+        torch.testing.assert_close(y.double(), x.double() @ dense.double().t() + added.double(), rtol=0.01, atol=0.05)
     assert searched == [(8, 64, 1), (16, 64, 1)] and library[-1] == (16, 64)
     assert prefill.multiply(x[:0], tensors, None, 32).shape == (0, 32)
     assert torch.equal(torch.get_rng_state(), state)

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from llmprune_kernels.bitmap import BITS, PackedBitmap, marked, spread
 from llmprune_kernels.format import FormatError
-from llmprune_kernels.launch import check_operands, triton_dtype
+from llmprune_kernels.launch import check_operands, filled_up, triton_dtype
 from llmprune_kernels.layout import Layout
 
 ROWS = 4  # of the weight, in one record
@@ -128,7 +128,7 @@ def dense(tensors: Sequence[Tensor], out_features: int, in_features: int) -> Ten
 
 def pieces(x: Tensor) -> Tensor:
     """x [rows, in] as the kernel reads it: full groups of four inputs, one in an int64 where an input has 16 bits."""
-    x = F.pad(x, (0, -x.shape[1] % WORD)).contiguous()
+    x = filled_up(x, columns=WORD).contiguous()
     if x.data_ptr() % 16:
         x = x.clone()
     return x if x.dtype == torch.float32 else x.view(torch.int64)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmprune_kernels.fragments import BLOCK_COLUMNS, TILE_ROWS, TILES, from_fragments, to_fragments
-from llmprune_kernels.launch import check_operands
+from llmprune_kernels.launch import check_operands, filled_up
 from llmprune_kernels.layout import Layout
 from llmprune_kernels.pack24 import Packed24
 
@@ -174,9 +174,7 @@ def expand(tensors: Sequence[Tensor]) -> Tensor:
 
 def _aligned(x: Tensor) -> Tensor:
     """x with consecutive inputs, every row on 16 bytes, and a whole number of 16-byte pieces."""
-    short = -x.shape[1] % ALIGNED
-    if short:
-        return F.pad(x, (0, short))
+    x = filled_up(x, columns=ALIGNED)
     if x.stride(1) == 1 and x.stride(0) % ALIGNED == 0 and x.data_ptr() % 16 == 0:
         return x
     return x.clone(memory_format=torch.contiguous_format)

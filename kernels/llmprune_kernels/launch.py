@@ -1,4 +1,4 @@
-"""What every Triton kernel's host side asks before it launches."""
+"""What the host side of every kernel asks before it launches."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import subprocess
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -23,6 +24,12 @@ def triton_dtype(dtype: torch.dtype) -> Any:
     import triton.language as tl
 
     return getattr(tl, str(dtype).removeprefix("torch."))
+
+
+def filled_up(x: Tensor, rows: int = 1, columns: int = 1) -> Tensor:
+    """x [rows, in] with zeros below and beside it up to multiples; x itself where none are missing (F.pad copies)."""
+    below, beside = -x.shape[0] % rows, -x.shape[1] % columns
+    return F.pad(x, (0, beside, 0, below)) if below or beside else x
 
 
 def check_operands(kernel: Any, layout: str, x: Tensor, values: Tensor) -> None:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmprune_kernels.launch import check_operands, interpreted, triton_dtype
+from llmprune_kernels.launch import check_operands, filled_up, interpreted, triton_dtype
 from llmprune_kernels.layout import Layout
 from llmprune_kernels.pack24 import CODES, GROUP, KEPT, Packed24, codes24, positions24
 
@@ -116,7 +116,6 @@ def multiply(x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, out_feat
                 OUTPUTS=cut.outputs,
                 ROWS=cut.rows,
                 GROUPS=GROUPS,
-                SPLIT=split,
                 UNROLL=cut.unroll,
                 num_warps=cut.warps,
                 num_stages=STAGES,
@@ -126,7 +125,7 @@ def multiply(x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, out_feat
 
 def slots(x: Tensor) -> Tensor:
     """x [rows, in] as [4, rows, width]: input 4g + j at [j, :, g], zeros up to the width."""
-    padded = F.pad(x, (0, -x.shape[1] % (GROUP * WIDTH)))
+    padded = filled_up(x, columns=GROUP * WIDTH)
     return padded.view(x.shape[0], padded.shape[1] // GROUP, GROUP).permute(2, 0, 1).contiguous()
 
 

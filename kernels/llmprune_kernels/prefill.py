@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmprune_kernels.format import FormatError
+from llmprune_kernels.launch import filled_up
 from llmprune_kernels.layout import Layout
 from llmprune_kernels.measured import Problem, measured
 from llmprune_kernels.pack24 import Packed24, pack24, unpack24
@@ -74,7 +75,7 @@ def multiply(x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, out_feat
     if not x.shape[0]:
         return x.new_empty(0, out_features)
     algorithm = measured(x.device).remembered(
-        problem, "cuSPARSELt", lambda: search(trial(x, problem.rows), tensors[0]), DEFAULT
+        problem, "cuSPARSELt", lambda: search(trial(x, problem.rows), tensors[0], bias), DEFAULT
     )
     return product(x, tensors[0], bias, algorithm)
 
@@ -86,10 +87,10 @@ def product(x: Tensor, compressed: Tensor, bias: Tensor | None, algorithm: list[
     return y[: x.shape[0]]
 
 
-def search(x: Tensor, compressed: Tensor) -> list[int]:
-    """The algorithm that cuSPARSELt's search finds for x [rows, in], for `product`; it takes a moment."""
+def search(x: Tensor, compressed: Tensor, bias: Tensor | None = None) -> list[int]:
+    """The algorithm that cuSPARSELt's search finds for x [rows, in] and bias [out], for `product`; takes a moment."""
     library = torch._C._cusparselt
-    algorithm, *split, _ = library.mm_search(compressed, _padded(x).t(), None, None, None, True)  # type: ignore[attr-defined]
+    algorithm, *split, _ = library.mm_search(compressed, _padded(x).t(), bias, None, None, True)  # type: ignore[attr-defined]
     return [algorithm, *split]
 
 
@@ -100,7 +101,7 @@ def trial(x: Tensor, rows: int) -> Tensor:
 
 
 def _padded(x: Tensor) -> Tensor:
-    return F.pad(x, (0, 0, 0, -x.shape[0] % ROWS)).contiguous()
+    return filled_up(x, rows=ROWS).contiguous()
 
 
 def _dense(compressed: Tensor, outputs: int, inputs: int) -> Tensor:

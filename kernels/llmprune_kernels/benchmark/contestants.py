@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmprune_kernels import decode, prefill
+from llmprune_kernels import bitmap_kernel, decode, prefill
 from llmprune_kernels.bitmap import PackedBitmap, pack_bitmap
+from llmprune_kernels.launch import filled_up
 from llmprune_kernels.layouts import LAYOUTS
 from llmprune_kernels.pack24 import pack24
 
@@ -83,7 +84,7 @@ def _to_cutlass(weight: Tensor) -> Sequence[Tensor]:
 
 def _cutlass(x: Tensor, tensors: Sequence[Tensor], out: int) -> Tensor:
     """The calls that F.linear makes on torch.sparse's tensor of this back end."""
-    padded = F.pad(x, (0, 0, 0, -x.shape[0] % prefill.ROWS))
+    padded = filled_up(x, rows=prefill.ROWS)
     y: Tensor = torch._sparse_semi_structured_mm(tensors[0], tensors[1], padded.t())
     return y[:, : x.shape[0]].t().contiguous()
 
@@ -116,4 +117,4 @@ def of_24() -> list[Contestant]:
 
 def of_bitmap() -> list[Contestant]:
     """All for weights with any zeros; the first is what the others are compared with."""
-    return [CUBLAS, TRITON_GEMV, layout("bitmap-rows", (1, 16))]
+    return [CUBLAS, TRITON_GEMV, layout("bitmap-rows", (1, bitmap_kernel.TOKENS))]

@@ -23,7 +23,7 @@ def linear24(
     values,  # integers twice as wide as a weight, [outputs, groups]: the two weights of a group in one word
     codes,  # int32 [outputs, blocks * GROUPS], see llmprune_kernels.portable
     bias,  # [outputs]; not read without HAS_BIAS
-    out,  # [SPLIT, rows, outputs]
+    out,  # [splits, rows, outputs]
     rows,
     outputs,
     groups,
@@ -35,7 +35,6 @@ def linear24(
     OUTPUTS: tl.constexpr,
     ROWS: tl.constexpr,
     GROUPS: tl.constexpr,
-    SPLIT: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
     """out[split]^T = sum over the four slots j of W_j X_j^T, with W_j [OUTPUTS, GROUPS] the weights in slot j.
@@ -55,7 +54,7 @@ def linear24(
     x_rows = x + m[None, :].to(tl.int64) * width
     plane = tl.cast(rows, tl.int64) * width
     total = tl.zeros((OUTPUTS, ROWS), tl.float32)
-    per_split = tl.cdiv(blocks, SPLIT)
+    per_split = tl.cdiv(blocks, tl.num_programs(2))
     for block in range(split * per_split, min((split + 1) * per_split, blocks)):
         code = tl.load(code_rows + (block * GROUPS + lanes)[None, :], mask=inside_n, other=0)
         for part in tl.range(8, loop_unroll_factor=UNROLL):
