@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from llmprune_eval.result import MANIFEST
 from llmprune_eval.windows import vocabulary_size
+from rich.filesize import decimal
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -64,7 +65,7 @@ def check_target(target: Path, overwrite: bool, source: str | None = None, size:
     except OSError as error:
         raise InputError(f"output {target} cannot be written ({error.strerror}): choose another folder") from error
     if size > free:
-        raise InputError(f"output {target} needs {size / 1e9:.2f} GB, but {parent} has {free / 1e9:.2f} GB free")
+        raise InputError(f"output {target} needs {decimal(size)}, but {parent} has {decimal(free)} free")
 
 
 def _check_replaceable(target: Path, whole: Path, overwrite: bool, source: str | None) -> None:

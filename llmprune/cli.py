@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 from llmprune_eval.command import eval_command
-from llmprune_eval.entry import run
+from llmprune_eval.entry import cleaned_up, run
 from llmprune_eval.options import Debug, Json
 
 from llmprune.bench_command import bench_command
@@ -66,9 +66,9 @@ def explained(command: Callable[..., None]) -> Callable[..., None]:
 
 
 app.command("plan")(plan_command)
-app.command("prune")(prune_command)
-app.command("pack")(pack_command)
-app.command("unpack")(unpack_command)
+app.command("prune")(cleaned_up(prune_command))
+app.command("pack")(cleaned_up(pack_command))
+app.command("unpack")(cleaned_up(unpack_command))
 app.command("eval")(explained(eval_command))
 app.command("bench")(explained(bench_command))
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import warnings
@@ -28,6 +30,10 @@ from llmprune.criteria.wanda import Wanda
 from llmprune.sites import Site
 
 torch.set_num_threads(1)  # the suite runs on every core already
+if sys.platform == "linux":
+    PR_SET_PDEATHSIG = 1  # a fork ends with its parent: while one lives, pytest-xdist waits for a worker that is gone
+    libc = ctypes.CDLL(None)
+    os.register_at_fork(after_in_child=lambda: libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL))
 
 
 @pytest.fixture(autouse=True)

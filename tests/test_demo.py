@@ -14,7 +14,7 @@ UNITS = "uniform 0.25"
 def test_the_demo_measures_what_it_shows(tmp_path: Path) -> None:
     start = time.perf_counter()
     facts = json.loads(run_demo(as_json=True, html=tmp_path / "demo.html"))
-    assert time.perf_counter() - start < 180
+    assert time.perf_counter() - start < 300
     rows = {(row["method"], row["pattern"]): row for row in facts["rows"]}
     dense = rows.pop(("dense", ""))
     assert set(rows) == {(m, p) for p in ("0.5", "2:4") for m in METHODS} | {(m, UNITS) for m in UNIT_METHODS}

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +41,17 @@ def test_launcher_arguments(command: list[str], wanted: list[str] | None) -> Non
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """Below those that the system gives out by itself, to the other tests too."""
+    for port in random.SystemRandom().sample(range(20_000, 30_000), 100):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no port is free")
+
+
+def one_thread_each() -> dict[str, str]:
+    """For two processes on two cores, however many torch sees."""
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def launch(*arguments: object, module: str = "llmprune") -> subprocess.CompletedProcess[str]:
@@ -50,7 +59,9 @@ def launch(*arguments: object, module: str = "llmprune") -> subprocess.Completed
     accelerate = Path(sys.executable).with_name("accelerate")
     start = [accelerate, "launch", "--num_processes", "2", "--cpu", "--main_process_port", free_port(), "-m", module]
     command = [str(word) for word in (*start, *arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300, check=False)
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, timeout=300, check=False, env=one_thread_each()
+    )
 
 
 def run_ranks(commands: list[list[str]]) -> None:
@@ -60,7 +71,7 @@ def run_ranks(commands: list[list[str]]) -> None:
     ranks = [
         subprocess.Popen(
             [sys.executable, str(ROOT / "tests" / "many_commands.py"), json.dumps(commands)],
-            env={**os.environ, **common, "RANK": rank, "LOCAL_RANK": rank},
+            env={**one_thread_each(), **common, "RANK": rank, "LOCAL_RANK": rank},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,

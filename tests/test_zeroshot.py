@@ -83,7 +83,7 @@ def test_figures_equal_those_of_lm_eval_itself_and_a_loop(dense: Path, own: Path
     (part,) = facts["parts"]
     command = ["-m", "lm_eval", "run", "--model", "hf", "--model_args", f"pretrained={dense}", "--device", "cpu",
                "--tasks", own / "first_words.yaml", "--output_path", tmp_path / "theirs"]  # fmt: skip
-    subprocess.run([sys.executable, *map(str, command)], check=True, capture_output=True, cwd=tmp_path, timeout=400)
+    subprocess.run([sys.executable, *map(str, command)], check=True, capture_output=True, cwd=tmp_path, timeout=300)
     theirs = json.loads(next((tmp_path / "theirs").rglob("*.json")).read_text())["results"]["first_words"]
     for metric, right in zip(("acc", "acc_norm"), by_hand(dense), strict=True):
         assert part["values"][metric] == theirs[f"{metric},none"] == pytest.approx(sum(right) / len(right))

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import typer
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -35,8 +34,6 @@ def run(app: typer.Typer, words: Sequence[str], module: str) -> None:
     """Call a command of `python -m module`, and exit. Bad input ends with one line on stderr and exit code 2."""
     debug = "--debug" in words
     _configure_logging(debug)
-    signal.signal(signal.SIGTERM, _terminated)
-    _spare_forks()
     try:
         with all_ranks(module), logging_redirect_tqdm():
             code = app(args=list(words), standalone_mode=False)
@@ -58,34 +55,26 @@ def run(app: typer.Typer, words: Sequence[str], module: str) -> None:
         sys.exit(INTERRUPTED)
 
 
-def _terminated(number: int, frame: FrameType | None) -> NoReturn:
-    """End as with Ctrl-C: what is half-written is removed on the way out. Schedulers and containers send SIGTERM."""
-    sys.exit(128 + number)
+def cleaned_up(command: Callable[..., None]) -> Callable[..., None]:
+    """A command that SIGTERM, as schedulers and containers send it, ends as Ctrl-C does: nothing half-written is left.
 
-
-@cache
-def _spare_forks() -> None:
-    """Processes forked from this one, as lm-eval does for its standard errors, end by SIGTERM as any program does.
-
-    A handler written in Python would lose what arrives just after the fork, as Python forgets signals there, and who
-    has sent it would wait for ever. So the signal is held back until the fork has no handler.
+    Not for a command that forks, as lm-eval does for standard errors: where SIGTERM has a handler, Python forgets one
+    that reaches a fork while it starts, and a pool that ends its processes so would wait for that one for ever.
     """
-    if sys.platform == "win32":
-        return
-    terminate = {signal.SIGTERM}
 
-    def hold() -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, terminate)
+    @functools.wraps(command)
+    def run_command(**options: Any) -> None:
+        before = signal.signal(signal.SIGTERM, _terminated)
+        try:
+            command(**options)
+        finally:
+            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
-    def release() -> None:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, terminate)
+    return run_command
 
-    def start() -> None:
-        if signal.getsignal(signal.SIGTERM) is _terminated:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        release()
 
-    os.register_at_fork(before=hold, after_in_parent=release, after_in_child=start)
+def _terminated(number: int, frame: FrameType | None) -> NoReturn:
+    sys.exit(128 + number)
 
 
 def _fail(message: str, module: str, debug: bool) -> None:
