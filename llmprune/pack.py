@@ -35,7 +35,7 @@ from llmprune.checkpoint import (
 from llmprune.errors import InputError, memory_ran_out
 from llmprune.explain import explain
 from llmprune.manifest import read_manifest
-from llmprune.packed_files import copy_others, write_config, write_dense, write_packed
+from llmprune.packed_files import check_others, copy_others, write_config, write_dense, write_packed
 from llmprune.packing import FORMATS, Choice, choose
 from llmprune.shards import Weights, weight_files
 
@@ -86,6 +86,7 @@ def pack(
     if is_packed(load_config(str(folder), trust_remote_code)):
         raise InputError(f"{folder} is packed already: open it, or `llmprune unpack` it")
     check_target(output, overwrite, str(folder))
+    check_others(folder)
     model = empty_model(str(folder), "auto", trust_remote_code)
     with Weights(folder) as weights:
         choice = choose(model, weights, kind)
@@ -122,6 +123,7 @@ def unpack(
     if not is_packed(config):
         raise InputError(f"{folder} is not packed: there is nothing to unpack")
     check_target(output, overwrite, str(folder))
+    check_others(folder)
     model = empty_model(str(folder), "auto", trust_remote_code)
     transposed = {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
     with Weights(folder) as weights:

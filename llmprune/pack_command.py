@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 Folder = Annotated[Path, typer.Argument(help="A model folder.")]
 Written = Annotated[Path, typer.Option("-o", "--output", help="Folder for the result.")]
-Format = Annotated[str, typer.Option("--format", help="auto, 2:4, or bitmap (any zeros).")]
+Format = Annotated[
+    str,
+    typer.Option("--format", help="2:4, bitmap (any zeros), or auto: 2:4 unless bitmap packs over twice as much."),
+]
 
 
 def pack_command(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -105,6 +106,14 @@ def _index(weights: Weights, building: Path, files: Mapping[str, str], headers: 
     facts = {**weights.index, "total_size": sum(header.nbytes for header in headers)}
     text = json.dumps({"metadata": facts, "weight_map": dict(sorted(files.items()))}, indent=2)
     (building / INDEX).write_text(text + "\n", encoding="utf-8")
+
+
+def check_others(folder: Path) -> None:
+    """Raise InputError for what lies beside the weights and cannot be copied, such as a link that leads nowhere."""
+    for path in folder.rglob("*"):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if not hidden and not any(path.match(pattern) for pattern in WEIGHT_FILES) and not os.access(path, os.R_OK):
+            raise InputError(f"{path}, which would be copied, cannot be read: mend it, or take it out of the folder")
 
 
 def copy_others(folder: Path, building: Path) -> None:

@@ -272,6 +272,33 @@ def test_what_lies_beside_the_weights_comes_along(zeros: Path, tmp_path: Path, o
     assert not (tmp_path / "packed" / "pytorch_model.bin").exists() and not (tmp_path / "packed" / ".cache").exists()
 
 
+def test_auto_takes_the_bitmap_where_few_matrices_are_24(dense: Path, tmp_path: Path, ok: Ok) -> None:
+    """One zero matrix, which is 2:4 as well, does not leave all others dense."""
+    model = load_model(str(dense))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.rpartition(".weight")[0].rpartition(".")[2] in LINEAR:
+                parameter[torch.rand_like(parameter) < 0.6] = 0.0
+        model.get_parameter("model.layers.1.self_attn.k_proj.weight").zero_()
+    model.save_pretrained(dense)
+    assert "packed as bitmap" in ok("pack", dense, "-o", "one")
+    make_24_(model, LINEAR - {"up_proj"})
+    model.save_pretrained(dense)
+    assert "packed as 2:4" in ok("pack", dense, "-o", "most")
+
+
+@pytest.mark.parametrize("place", ["notes.txt", "extra/notes.txt"])
+def test_a_file_that_cannot_be_copied_is_found_first(place: str, zeros: Path, tmp_path: Path, refused: Refused) -> None:
+    (zeros / "extra" / ".cache").mkdir(parents=True)
+    (zeros / "extra" / ".cache" / "none").symlink_to("nowhere")  # hidden: it is left behind
+    assert pack(zeros, tmp_path / "packed").modules
+    (zeros / place).symlink_to("nowhere")
+    assert f"{zeros / place}, which would be copied, cannot be read" in refused("pack", zeros, "-o", "x")
+    (tmp_path / "packed" / place).unlink(missing_ok=True)
+    (tmp_path / "packed" / place).symlink_to("nowhere")
+    assert "cannot be read: mend it" in refused("unpack", tmp_path / "packed", "-o", "x")
+
+
 def test_a_model_whose_names_lack_the_prefix(tmp_path: Path) -> None:
     model: PreTrainedModel = FAMILIES["gpt2"].build()
     make_24_(model, FAMILIES["gpt2"].sites, transposed=True)

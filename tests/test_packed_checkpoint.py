@@ -311,7 +311,7 @@ TAMPERED: dict[str, tuple[Callable[[Path], None], str]] = {
     "a version that is true": (entries(lambda e: e.update(version=True)), "is of version True"),
     "an unknown format": (entries(lambda e: e.update(format="1:4")), r"format '1:4' is unknown \(2:4, bitmap are"),
     "a format that is a list": (entries(lambda e: e.update(format=["2:4"])), "format .*2:4.* is unknown"),
-    "the other format": (entries(lambda e: e.update(format="bitmap")), r"\.bitmap, which the config|has shape"),
+    "the other format": (entries(lambda e: e.update(format="bitmap")), r"\.bitmap, which this model needs|has shape"),
     "no modules": (entries(lambda e: e.update(modules={})), "names no layers"),
     "modules in a list": (entries(lambda e: e.update(modules=[UP])), "names no layers"),
     "a count in words": (entries(lambda e: e["modules"].update({UP: "many"})), "'many', no count"),
@@ -381,6 +381,17 @@ def test_a_model_spread_over_disk_and_memory(zeros: Path, packed: Path, tmp_path
         spread.save_pretrained(tmp_path / "saved")
     before, after = state(packed), state(tmp_path / "saved")
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize("options", [{"device_map": {"": "disk"}}, {"device_map": "auto", "max_memory": {"cpu": 0}}])
+def test_a_model_that_is_all_on_disk(options: dict[str, Any], zeros: Path, packed: Path, tmp_path: Path) -> None:
+    spread = opened(packed, **options, offload_folder=tmp_path / "offloaded")
+    assert torch.equal(logits(spread), logits(opened(zeros)))
+
+
+def test_a_model_without_weights(packed: Path) -> None:
+    empty = opened(packed, device_map="meta")
+    assert all(parameter.is_meta for parameter in empty.parameters())
 
 
 @pytest.mark.parametrize("lost", ["model.norm.weight", "model.layers.2.input_layernorm.weight", "lm_head.weight"])

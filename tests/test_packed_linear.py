@@ -142,6 +142,9 @@ def test_no_gradients_and_never_silently(kind: type[PackedLinear]) -> None:
     unfrozen = copy.deepcopy(packed).requires_grad_(True)
     with pytest.raises(RuntimeError, match="no gradients"):
         unfrozen(torch.randn(2, 12)).sum().backward()
+    for derive in (torch.func.jacfwd, lambda layer: lambda x: torch.func.jvp(layer, (x,), (x,))):
+        with pytest.raises(RuntimeError, match="no gradients"):
+            derive(packed)(x.detach())
     with torch.no_grad():
         assert not packed(x).requires_grad
     with torch.inference_mode():

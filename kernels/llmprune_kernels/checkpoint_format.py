@@ -131,7 +131,7 @@ def _check_there(found: Mapping[str, tuple[list[int], str]], expected: Mapping[s
     """Tensors are in the files, in their shapes."""
     for name, tensor in expected.items():
         if name not in found:
-            raise FormatError(f"the files lack {name}, which the config promises: copy or download them again")
+            raise FormatError(f"the files lack {name}, which this model needs: copy or download them again")
         if found[name][0] != list(tensor.shape):
             raise FormatError(
                 f"{name} has shape {found[name][0]} in the file and {list(tensor.shape)} by the config: they belong to "

@@ -85,6 +85,8 @@ class PackedQuantizer(HfQuantizer):  # type: ignore[misc, unused-ignore]
             del layer.weight
             layer.requires_grad_(False)  # transformers has made new parameters
             with _in_memory(layer):
+                if next(layer.parameters()).is_meta:  # device_map="meta": there is nothing to look at
+                    continue
                 try:
                     layer.check()
                 except FormatError as error:
@@ -197,9 +199,11 @@ def _passed_over() -> Tensor:
 def _check_all_loaded(model: PreTrainedModel) -> None:
     """Raise FormatError that names a parameter which no file held: transformers has filled it at random.
 
-    Models spread over devices are left to the report that transformers prints: their tensors have been replaced.
+    Models spread over devices, or kept on disk, are left to the look at the files' headers: their tensors have been
+    replaced.
     """
-    if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
+    places = set((getattr(model, "hf_device_map", None) or {}).values())
+    if len(places) > 1 or places & {"disk", "meta"}:
         return
     optional = model._keys_to_ignore_on_load_missing or ()
     for name, parameter in model.named_parameters():

@@ -7,8 +7,13 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from llmprune_kernels.layouts import LAYOUTS
+
+NO_GRADIENTS = (
+    "a packed layer has no gradients: train with its dense weight (layer.to_dense()), or run it in torch.no_grad()"
+)
 
 
 @torch.library.custom_op("llmprune::nm_linear", mutates_args=())
@@ -40,10 +45,14 @@ def _(x: Tensor, weight: list[Tensor], bias: Tensor | None, out_features: int, l
     return x.new_empty(*x.shape[:-1], out_features)
 
 
+def refuse_tangent(x: Tensor) -> None:
+    """Raise RuntimeError in forward-mode differentiation, where a custom operator's derivative would silently be 0."""
+    if not torch.compiler.is_compiling() and forward_ad.unpack_dual(x).tangent is not None:
+        raise RuntimeError(NO_GRADIENTS)
+
+
 def _no_gradients(ctx: Any, gradient: Tensor) -> NoReturn:
-    raise RuntimeError(
-        "a packed layer has no gradients: train with its dense weight (layer.to_dense()), or run it in torch.no_grad()"
-    )
+    raise RuntimeError(NO_GRADIENTS)
 
 
 nm_linear.register_autograd(_no_gradients)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from llmprune_kernels.defaults import default_layout
 from llmprune_kernels.format import FormatError, check_matrix
 from llmprune_kernels.layouts import LAYOUTS
-from llmprune_kernels.op import nm_linear
+from llmprune_kernels.op import nm_linear, refuse_tangent
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -129,7 +129,9 @@ class PackedLinear(nn.Module, ABC):
 
         Raises:
             ValueError: x has another width or dtype.
+            RuntimeError: under forward-mode differentiation; backward passes raise it, too.
         """
+        refuse_tangent(x)
         if x.is_floating_point() and _autocast_is_on(x.device.type):
             x = x.to(self.dtype)
         if x.shape[-1:] != (self.in_features,) or x.dtype != self.dtype:
