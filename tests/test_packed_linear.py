@@ -128,6 +128,7 @@ def test_autocast_casts_the_input_to_the_weights_dtype(kind: type[PackedLinear],
             packed(torch.ones(2, 12, dtype=torch.int64))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch.func's own
 @kinds
 def test_no_gradients_and_never_silently(kind: type[PackedLinear]) -> None:
     packed, dense = pair(kind)
