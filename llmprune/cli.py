@@ -110,6 +110,7 @@ def methods_command(as_json: Json = False, debug: Debug = False) -> None:
 
 
 @app.command("demo")
+@cleaned_up
 def demo_command(
     html: Annotated[Path, typer.Option("--html", help="The page that is written.")] = Path("llmprune-demo.html"),
     as_json: Json = False,
