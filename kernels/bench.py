@@ -17,16 +17,16 @@ from typing import Any, NoReturn
 import torch
 from llmprune_kernels.benchmark import end_to_end, rows, shapes, timing
 from llmprune_kernels.benchmark.contest import Machine, Refusal, contest, half_of
-from llmprune_kernels.benchmark.contestants import Contestant, of_24, of_bitmap, variants
-from llmprune_kernels.benchmark.machine import facts
+from llmprune_kernels.benchmark.contestants import FEW, Contestant, of_24, of_bitmap, variants
+from llmprune_kernels.benchmark.machine import commit, facts
 from llmprune_kernels.benchmark.roof import Roof
 from llmprune_kernels.bitmap_kernel import TOKENS as TOKENS_OF_BITMAP
-from llmprune_kernels.launch import trouble
+from llmprune_kernels.launch import first_line, trouble
 
 HERE = Path(__file__).resolve().parent
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096)
 QUICK_TOKENS = (1, 16, 64, 1024)
-ALL, FEW, MANY = (1, 1 << 30), (1, 64), (64, 1 << 30)  # rows: of the table, of --only decode, of --only prefill
+ALL, MANY = (1, 1 << 30), (64, 1 << 30)  # rows: of the table, and of --only prefill; FEW are those of --only decode
 END_TO_END_MINUTES = 2.0
 LIBRARIES = ("cuBLAS", "cuSPARSELt", "CUTLASS")  # what a prefill is compared with
 
@@ -122,10 +122,11 @@ def whole_model(
     yield from end_to_end.compare(model, name, "decode", (1, 16), machine.record)
 
 
-def surroundings(device: torch.device) -> tuple[Machine, dict[str, str]]:
+def surroundings(options: argparse.Namespace, device: torch.device) -> tuple[Machine, dict[str, str]]:
     """The roof of a CUDA device, measured, and what all rows say of it."""
     roof = Roof(timing.copy_bandwidth(device), timing.launch_cost(device))
-    common = facts(device, HERE, " ".join(["python kernels/bench.py", *sys.argv[1:]]))
+    noted = commit(HERE) if options.commit is None else options.commit
+    common = facts(device, noted, " ".join(["python kernels/bench.py", *sys.argv[1:]]))
     free, _ = torch.cuda.mem_get_info(device)
     l2 = int(torch.cuda.get_device_properties(device).L2_cache_size)
     said = f"{common['gpu']}: copies at {roof.bandwidth * 1e-9:.0f} GB/s, {roof.launch:.2f} us per launch in a graph"
@@ -177,12 +178,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         device = torch.device("cuda", torch.cuda.current_device())
-        machine, common = surroundings(device)
-        if options.commit is not None:
-            common["commit"] = options.commit
-        code = measure(options, device, machine, common)
+        code = measure(options, device, *surroundings(options, device))
     except trouble() as error:
-        print(f"bench.py: stopped: {(str(error).splitlines() or [type(error).__name__])[0]}", file=sys.stderr)
+        print(f"bench.py: stopped: {first_line(error)}", file=sys.stderr)
         code = 1
     if options.plot:
         importlib.import_module("draw_roof").draw(options.out, options.out.with_name("roof.png"))

@@ -23,7 +23,8 @@ from llmprune.packing import Choice
 from llmprune.shards import Header, Weights, shard
 
 CONFIG = "config.json"
-WEIGHT_FILES = ("*.safetensors", INDEX, *PICKLES)
+NOT_COPIED = shutil.ignore_patterns(".*", "*.safetensors", INDEX, *PICKLES)
+"""(folder, names in it) -> those that are hidden or hold weights."""
 
 
 def write_packed(weights: Weights, choice: Choice, building: Path) -> None:
@@ -110,22 +111,24 @@ def _index(weights: Weights, building: Path, files: Mapping[str, str], headers: 
 
 def check_others(folder: Path) -> None:
     """Raise InputError for what lies beside the weights and cannot be copied, such as a link that leads nowhere."""
-    for path in folder.rglob("*"):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if not hidden and not any(path.match(pattern) for pattern in WEIGHT_FILES) and not os.access(path, os.R_OK):
-            raise InputError(f"{path}, which would be copied, cannot be read: mend it, or take it out of the folder")
+    for place, folders, files in os.walk(folder):
+        copied = {*folders, *files} - NOT_COPIED(place, [*folders, *files])
+        folders[:] = copied.intersection(folders)
+        for path in (Path(place, name) for name in sorted(copied)):
+            if not os.access(path, os.R_OK):
+                what = f"{path}, which would be copied, cannot be read"
+                raise InputError(f"{what}: mend it, or take it out of the folder")
 
 
 def copy_others(folder: Path, building: Path) -> None:
     """What lies beside the weights: tokenizer, templates, code; not the config, nor what llmprune says of weights."""
-    own = (CONFIG, MANIFEST, RESULT, REPORT)
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or path.name in own or any(path.match(pattern) for pattern in WEIGHT_FILES):
-            continue
+    names = os.listdir(folder)
+    for name in sorted({*names} - NOT_COPIED(str(folder), names) - {CONFIG, MANIFEST, RESULT, REPORT}):
+        path = folder / name
         if path.is_dir():
-            shutil.copytree(path, building / path.name, ignore=shutil.ignore_patterns(".*", *WEIGHT_FILES))
+            shutil.copytree(path, building / name, ignore=NOT_COPIED)
         else:
-            shutil.copyfile(path, building / path.name)
+            shutil.copyfile(path, building / name)
 
 
 def write_config(folder: Path, building: Path, entries: Mapping[str, Any] | None) -> None:

@@ -143,11 +143,10 @@ def choose(model: PreTrainedModel, weights: Weights, kind: str) -> Choice:
                 "belongs to another model"
             )
         matrices.append(_look(name.removesuffix(".weight"), key, transposed, weights))
-    if kind == "auto":
-        kind = _preferred(matrices)
-        if all(one.why_dense(kind) is not None for one in matrices):
-            raise InputError(f"nothing can be packed: {_nothing(matrices, dense, '2:4')}")
+    asked, kind = kind, _preferred(matrices) if kind == "auto" else kind
     packed = [one for one in matrices if one.why_dense(kind) is None]
+    if not packed and asked == "auto":
+        raise InputError(f"nothing can be packed: {_nothing(matrices, dense, '2:4')}")
     if not packed:
         raise InputError(f"no weight can be packed as {kind}: {_nothing(matrices, dense, kind)}")
     dense |= {one.name: reason for one in matrices if (reason := one.why_dense(kind)) is not None}

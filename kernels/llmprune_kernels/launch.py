@@ -46,6 +46,11 @@ def check_operands(kernel: Any, layout: str, x: Tensor, values: Tensor) -> None:
         )
 
 
+def first_line(error: Exception) -> str:
+    """Of what an error says; its kind where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def trouble() -> tuple[type[Exception], ...]:
     """What a kernel that cannot be built or run raises: CUDA's, torch's and Triton's errors, and those of tools and
     functions that are not there or take other arguments."""

@@ -16,7 +16,7 @@ from llmprune_kernels.benchmark.contestants import Contestant
 from llmprune_kernels.benchmark.roof import FEW_ROWS, Roof, weight_bytes
 from llmprune_kernels.benchmark.shapes import Layer
 from llmprune_kernels.benchmark.timing import GRAPH_BYTES, Recorder, Run, copies, rounds
-from llmprune_kernels.launch import trouble
+from llmprune_kernels.launch import first_line, trouble
 
 REPEATS = 20
 WORST = 4  # units in the last place, of the larger of an output and the outputs' root mean square
@@ -105,13 +105,13 @@ def contest(
         try:
             tensors = _copies(contestant, layer, weight, machine)
         except trouble() as failure:
-            yield Refusal(layer.name, 0, contestant.name, f"cannot hold the weight: {_line(failure)}")
+            yield Refusal(layer.name, 0, contestant.name, f"cannot hold the weight: {first_line(failure)}")
             continue
         for count in filter(contestant.takes, rows):
             try:
                 run, error = _answer(contestant, layer, inputs[count], truths[count], tensors, machine)
             except trouble() as failure:
-                yield Refusal(layer.name, count, contestant.name, f"did not run: {_line(failure)}")
+                yield Refusal(layer.name, count, contestant.name, f"did not run: {first_line(failure)}")
                 continue
             baseline, dense_time = dense.get(count, (error, math.nan))
             if not error.acceptable(baseline, weight.dtype):
@@ -178,7 +178,3 @@ def _figures(
                 "share_of_roof": roof.microseconds(layer, contestant.form, rows) / median,
             }
     return figures
-
-
-def _line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

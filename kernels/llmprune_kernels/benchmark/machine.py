@@ -13,12 +13,12 @@ from llmprune_kernels.measured import cusparselt_version, triton_version
 UNKNOWN = "unknown"
 
 
-def facts(device: torch.device, root: Path, command: str) -> dict[str, str]:
+def facts(device: torch.device, commit: str, command: str) -> dict[str, str]:
     """Columns that all rows of a run share. Clocks are those of the moment: ask while the GPU is busy.
 
     Args:
         device: a CUDA device.
-        root: a folder of the repository.
+        commit: of the code that runs.
     """
     driver, sm, memory = _clocks(device)
     return {
@@ -29,7 +29,7 @@ def facts(device: torch.device, root: Path, command: str) -> dict[str, str]:
         "torch": torch.__version__,
         "triton": triton_version(),
         "cusparselt": cusparselt_version(),
-        "commit": commit(root),
+        "commit": commit,
         "date": time.strftime("%Y-%m-%d"),
         "command": command,
     }
